@@ -1,0 +1,172 @@
+"""Who belongs to which group: pytrees of label names, made from the paths of the parameters.
+
+Every function here returns a pytree of str with the structure of `params`. It looks at the paths
+alone, never at values, so it also serves as the callable form of `param_labels`
+(`functools.partial(label_by_path, rules=...)`, `label_by_role`).
+"""
+
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from hidlr_optax._paths import leaf_paths, path_components, shown
+
+# Component patterns, tried in this order; the first that matches any component of a path decides.
+# LoRA comes first because adapters sit inside heads and norms, `norm` before `embed` because
+# encoders keep a LayerNorm among their embeddings, and `bias` after the places a bias can live in.
+_ROLES = {
+    "lora_A": r".*lora_?a(_\d+)?",
+    "lora_B": r".*lora_?b(_\d+)?",
+    "head": r"(.*_)?heads?(_\d+)?|classifier|score|logits|qa_outputs|predictions?|output_layer",
+    "norm": r".*norm.*|(ln|bn)(_.*|\d*)",
+    "embed": r".*embed.*|wte|wpe|cls_token|(pos|position)_.*",
+    "bias": r"(.*_)?bias|b",
+}
+
+
+def _map_paths(label: Callable[[tuple[str, ...]], str], params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: label(path_components(path)), params)
+
+
+def label_by_path(params: Any, rules: Sequence[tuple[str, str]], default: str | None = None) -> Any:
+    r"""Labels each leaf by the first rule whose regular expression matches its whole path.
+
+    Paths are the keys, attribute names and indices that lead to a leaf, joined by slashes, such as
+    `encoder/layers/3/attention/bias`. They are the same for dicts, lists, NamedTuples, FrozenDict,
+    `nnx.State` and Equinox modules.
+
+    Args:
+      params: any pytree.
+      rules: (regular expression, label) pairs, tried in order with `re.fullmatch`.
+      default: the label of leaves that no rule covers. None: every leaf has to be covered.
+
+    Returns:
+      A pytree of str with the structure of `params`.
+
+    Raises:
+      ValueError: a leaf is covered by no rule and there is no default.
+
+    Warns:
+      UserWarning: a rule matches no leaf at all, which is mostly a slip in the expression. A rule
+        whose leaves were all taken by earlier rules is not warned about.
+
+    Example:
+      >>> import hidlr_optax as hd
+      >>> params = {"body": {"kernel": 0.0, "bias": 0.0}, "head": {"kernel": 0.0, "bias": 0.0}}
+      >>> hd.label_by_path(params, [(r"head/.*", "head"), (r".*/bias", "bias")], default="rest")
+      {'body': {'bias': 'bias', 'kernel': 'rest'}, 'head': {'bias': 'head', 'kernel': 'head'}}
+    """
+    compiled = [(re.compile(pattern), label) for pattern, label in rules]
+    paths = [components for components, _ in leaf_paths(params)]
+    joined = ["/".join(path) for path in paths]
+    for pattern, label in compiled:
+        if not any(pattern.fullmatch(path) for path in joined):
+            warnings.warn(
+                f"the rule ({pattern.pattern!r}, {label!r}) matches no parameter; paths look like "
+                f"{shown(paths, 3)} and a rule has to match the whole path",
+                stacklevel=2,
+            )
+
+    def first_match(path: tuple[str, ...]) -> str | None:
+        name = "/".join(path)
+        return next((label for pattern, label in compiled if pattern.fullmatch(name)), default)
+
+    uncovered = [path for path in paths if first_match(path) is None]
+    if uncovered:
+        raise ValueError(
+            f"no rule covers {shown(uncovered)}; add a rule that matches the whole path, or pass "
+            "default='rest'"
+        )
+    return _map_paths(lambda path: str(first_match(path)), params)
+
+
+def _role(path: tuple[str, ...]) -> str:
+    for role, pattern in _ROLES.items():
+        parts = path[-1:] if role == "bias" else path
+        if any(re.fullmatch(pattern, part, re.IGNORECASE) for part in parts):
+            return role
+    return "rest"
+
+
+def label_by_role(params: Any) -> Any:
+    """Labels each leaf by its role in the paper: norm, bias, head, embed, lora_A, lora_B or rest.
+
+    Reads the names that Flax linen (`LayerNorm_0/scale`), Flax nnx (`norm/scale`, `lora_a`) and
+    Hugging Face (`layer_norm`, `ln_1`, `wte`, `classifier`, `lora_A`) use. The roles are
+    exclusive: a bias inside a head is `head`, a bias inside a norm is `norm`, as in LayerNorm
+    tuning. For other conventions, use `label_by_path`.
+
+    Args:
+      params: any pytree.
+
+    Returns:
+      A pytree of str with the structure of `params`.
+
+    Example:
+      >>> import hidlr_optax as hd
+      >>> hd.label_by_role({"Dense_0": {"kernel": 0.0, "bias": 0.0}, "head": {"bias": 0.0}})
+      {'Dense_0': {'bias': 'bias', 'kernel': 'rest'}, 'head': {'bias': 'head'}}
+    """
+    return _map_paths(_role, params)
+
+
+def _depth(path: tuple[str, ...]) -> int | None:
+    for part in path:
+        match = re.fullmatch(r"(?:.*_)?(\d+)", part)
+        if match:
+            return int(match.group(1))
+    return None
+
+
+def label_by_depth(params: Any, num_groups: int | None = None) -> Any:
+    """Layer-wise groups, from the first number in each path (`layers/3/…`, `EncoderBlock_3/…`).
+
+    Leaves without a number are labelled by role: `embed`, `head`, or else `rest`.
+
+    Args:
+      params: any pytree.
+      num_groups: merges neighbouring layers so that this many layer groups remain, equal in number
+        of layers within one. None: one group per layer.
+
+    Returns:
+      A pytree of str with the structure of `params`: `depth_0`, `depth_1`, …, or for merged layers
+      the first and the last one, `depth_0-5`.
+
+    Raises:
+      ValueError: no path holds a number, or there are fewer layers than `num_groups`.
+
+    Example:
+      >>> import hidlr_optax as hd
+      >>> layers = [{"kernel": 0.0}, {"kernel": 0.0}]
+      >>> hd.label_by_depth({"layers": layers, "head": {"kernel": 0.0}})
+      {'head': {'kernel': 'head'}, 'layers': [{'kernel': 'depth_0'}, {'kernel': 'depth_1'}]}
+    """
+    paths = [path for path, _ in leaf_paths(params)]
+    depths = sorted({depth for depth in map(_depth, paths) if depth is not None})
+    if not depths:
+        raise ValueError(
+            f"no path holds a layer number: {shown(paths)}; label the layers with label_by_path"
+        )
+    num_groups = len(depths) if num_groups is None else num_groups
+    if not 1 <= num_groups <= len(depths):
+        raise ValueError(f"num_groups must lie in [1, {len(depths)}] (layers), got {num_groups}")
+    digits = len(str(depths[-1]))
+    names = {}
+    for group in range(num_groups):
+        start = group * len(depths) // num_groups
+        stop = (group + 1) * len(depths) // num_groups
+        first, last = depths[start], depths[stop - 1]
+        name = f"depth_{first:0{digits}}" + (f"-{last:0{digits}}" if last > first else "")
+        names.update(dict.fromkeys(depths[start:stop], name))
+
+    def label(path: tuple[str, ...]) -> str:
+        depth = _depth(path)
+        if depth is not None:
+            return names[depth]
+        role = _role(path)
+        return role if role in ("embed", "head") else "rest"
+
+    return _map_paths(label, params)
