@@ -1,0 +1,134 @@
+"""Errors at the door: what came, what was expected, and how to mend it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from hidlr_optax._groups import Groups, wide
+from hidlr_optax._quadratic import Diagonal
+from hidlr_optax.curvature import Probes
+
+LossFn = Callable[[Any, Any], jax.Array]
+ValueFn = Callable[[Any], jax.Array]
+Slope = Literal["gradient", "probes"]
+
+
+def _is_concrete(value: Any) -> bool:
+    return not isinstance(value, Tracer)  # inject_hyperparams hands tracers to factories
+
+
+def _check_rate(rate: Any, where: str) -> None:
+    if _is_concrete(rate) and not (np.isfinite(float(rate)) and float(rate) > 0):
+        raise ValueError(f"{where} must be finite and > 0, got {rate}")
+
+
+def check_arguments(
+    loss_fn: Any,
+    init_learning_rate: Any,
+    update_interval: Any,
+    curvature: Any,
+    slope: Any,
+    solver: Any,
+) -> None:
+    if loss_fn is not None and not callable(loss_fn):
+        raise ValueError(
+            f"loss_fn must be a callable (params, batch) -> scalar, or None where update is given "
+            f"value_fn, got {type(loss_fn).__name__}"
+        )
+    if isinstance(init_learning_rate, Mapping):
+        for name, rate in init_learning_rate.items():
+            _check_rate(rate, f"init_learning_rate[{name!r}]")
+    else:
+        _check_rate(init_learning_rate, "init_learning_rate")
+    if _is_concrete(update_interval) and (
+        update_interval < 1 or update_interval != int(update_interval)
+    ):
+        raise ValueError(f"update_interval must be a whole number >= 1, got {update_interval}")
+    if not isinstance(curvature, Probes):
+        raise ValueError(f"curvature must be an estimator such as probes(), got {curvature!r}")
+    if not isinstance(solver, Diagonal):
+        raise ValueError(f"solver must be a solver such as diagonal(), got {solver!r}")
+    if slope not in (None, "gradient", "probes"):
+        raise ValueError(f"slope must be 'gradient', 'probes' or None, got {slope!r}")
+    if slope == "probes" and not curvature.fits_slope:
+        raise ValueError(
+            f"slope='probes' fits two unknowns per group and needs per_group >= 2, got "
+            f"{curvature.per_group}; with slope='gradient' one probe per group is enough"
+        )
+
+
+def check_like(tree: Any, params: Any, name: str) -> None:
+    expected, got = jax.tree.structure(params), jax.tree.structure(tree)
+    if got != expected:
+        raise ValueError(f"{name} must have the structure of params, {expected}; got {got}")
+
+
+def bind_loss(loss_fn: LossFn | None, value_fn: ValueFn | None, batch: Any) -> ValueFn:
+    if value_fn is not None:
+        return value_fn
+    if loss_fn is None:
+        raise ValueError(
+            "hidlr has no loss to probe: build it with loss_fn(params, batch) and pass batch=... "
+            "to update, or pass value_fn=... (params -> scalar) to update"
+        )
+    return lambda params: loss_fn(params, batch)
+
+
+def check_slope(slope: Slope | None, estimator: Probes, grad: Any, params: Any) -> None:
+    if grad is not None:
+        check_like(grad, params, "grad")
+    elif slope == "gradient":
+        raise ValueError(
+            "slope='gradient' needs the raw gradient of the loss: pass grad=... to update, before "
+            "any clipping or preconditioning"
+        )
+    elif not estimator.fits_slope:
+        raise ValueError(
+            f"per_group={estimator.per_group} is too few to fit the slope as well: pass grad=... "
+            "to update, or use per_group >= 2"
+        )
+
+
+def check_scalar(
+    loss: ValueFn, groups: Groups, params: Any, direction: Any, no_batch: bool
+) -> None:
+    """Traces the loss once, so that what is wrong with it is said here and not inside a vmap."""
+    try:
+        out = jax.eval_shape(
+            lambda: loss(groups.step(params, direction, jnp.zeros(len(groups), jnp.float32)))
+        )
+    except Exception as error:
+        if no_batch:
+            raise ValueError(
+                "loss_fn(params, None) failed, and update was called without a batch: pass "
+                "batch=..., or value_fn=..."
+            ) from error
+        error.add_note(
+            "hidlr was tracing the loss it is to probe, with parameters in float32 or wider. If it "
+            "is wrapped in optax.flatten, partition or masked, put it outside, last in the chain."
+        )
+        raise
+    if getattr(out, "shape", None) != () or not jnp.issubdtype(out.dtype, jnp.floating):
+        raise ValueError(
+            f"the loss must return a real scalar and nothing beside it, got {out}; take the mean "
+            "over examples and leave auxiliary outputs out"
+        )
+
+
+def usable_value(value: Any, params: Any) -> jax.Array | None:
+    """The loss at params, if it was computed as precisely as the probes will be.
+
+    Probes run in float32 at least. Against them, a loss computed from bfloat16 parameters, or
+    rounded to it, is off by more than the curvature that is looked for.
+    """
+    if value is None:
+        return None
+    value = jnp.asarray(value)
+    if value.shape != ():
+        raise ValueError(f"value must be the scalar loss at params, got shape {value.shape}")
+    dtypes = [value.dtype, *(jnp.asarray(leaf).dtype for leaf in jax.tree.leaves(params))]
+    return value if all(wide(dtype) == dtype for dtype in dtypes) else None

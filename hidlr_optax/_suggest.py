@@ -1,0 +1,118 @@
+"""Learning rates in one shot, outside training."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hidlr_optax._checks import bind_loss, check_arguments, check_like, check_scalar
+from hidlr_optax._groups import Groups
+from hidlr_optax._quadratic import Kept, Quadratic, diagonal, vertices
+from hidlr_optax._transform import initial_rates, trust
+from hidlr_optax.curvature import Measurement, Probes, probes
+
+_ROUND_CHANGE = 100.0
+
+
+class Suggestion(NamedTuple):
+    """What `suggest` found. Arrays are ordered like `labels`.
+
+    Attributes:
+      labels: the K group names, sorted.
+      learning_rates: label -> rate the quadratic asks for, negative where the direction ascends;
+        where `kept` is not 0, the scale at which the group was last probed.
+      kept: label -> `Kept`: 0, or why there is no rate.
+      quadratic: slope and curvature, (K,) each, in learning rates of one.
+      offsets: (n, K), the learning rates of the last round's probes.
+      changes: (n,), loss at the offsets minus loss at the parameters.
+    """
+
+    labels: tuple[str, ...]
+    learning_rates: dict[str, float]
+    kept: dict[str, Kept]
+    quadratic: Quadratic
+    offsets: jax.Array
+    changes: jax.Array
+
+
+def _next_scale(rates: jax.Array, found: jax.Array, kept: jax.Array) -> jax.Array:
+    """Where to probe in the next round, at most a hundred times away."""
+    scale = jnp.where(kept == Kept.NO, jnp.abs(found), rates)
+    scale = jnp.where(kept == Kept.UNRESOLVED, rates * _ROUND_CHANGE, scale)
+    scale = jnp.where(kept == Kept.NON_FINITE, rates / _ROUND_CHANGE, scale)
+    return jnp.clip(scale, rates / _ROUND_CHANGE, rates * _ROUND_CHANGE)
+
+
+def suggest(
+    loss_fn: Any,
+    params: Any,
+    param_labels: Any,
+    direction: Any,
+    batch: Any = None,
+    *,
+    init_learning_rate: float | Mapping[str, float] = 1e-3,
+    estimator: Probes | None = None,
+    rounds: int = 4,
+) -> Suggestion:
+    """The K learning rates that the loss asks for along one direction: lr_find, per group.
+
+    Probes every group along the direction, fits its parabola and takes the minimum; then probes
+    again at the scale found, since a parabola fitted far from its minimum says little where the
+    loss is not quadratic. Groups that cannot be resolved are probed a hundred times further out in
+    the next round.
+
+    Args:
+      loss_fn: (params, batch) -> scalar.
+      params: w.
+      param_labels: as in `hidlr`.
+      direction: u, like params, signed like Optax updates: params + u is one step at rate 1. For
+        SGD, the negative gradient; for others, the first updates of the optimizer at rate 1.
+      batch: handed to `loss_fn`.
+      init_learning_rate: the scale of the first round, one for all or `{label: rate}`.
+      estimator: None: `probes(per_group=4)`.
+      rounds: how often to probe. Each costs 4K + 1 evaluations of the loss.
+
+    Returns:
+      A `Suggestion`; `plot.fit` draws it.
+
+    Raises:
+      ValueError: as in `hidlr`, or `rounds` < 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, hidlr_optax as hd
+      >>> loss_fn = lambda p, batch: 0.5 * p["x"] ** 2 + 50.0 * p["y"] ** 2
+      >>> params = {"x": jnp.asarray(50.0), "y": jnp.asarray(1.0)}
+      >>> direction = jax.tree.map(jnp.negative, jax.grad(loss_fn)(params, None))
+      >>> found = hd.suggest(loss_fn, params, {"x": "x", "y": "y"}, direction)
+      >>> {name: round(rate, 4) for name, rate in found.learning_rates.items()}
+      {'x': 1.0, 'y': 0.01}
+    """
+    estimator = probes() if estimator is None else estimator
+    check_arguments(loss_fn, init_learning_rate, 1, estimator, "probes", diagonal())
+    if rounds < 1:
+        raise ValueError(f"rounds must be 1 or more, got {rounds}")
+    groups = Groups.of(param_labels, params)
+    check_like(direction, params, "direction")
+    loss = bind_loss(loss_fn, None, batch)
+    check_scalar(loss, groups, params, direction, no_batch=batch is None)
+    rates = groups.pack(initial_rates(init_learning_rate, groups.names))
+
+    @jax.jit
+    def one_round(rates: jax.Array) -> tuple[Measurement, jax.Array, jax.Array]:
+        measured = estimator.estimate(loss, params, direction, groups, rates)
+        return measured, *vertices(measured.quadratic, trust(measured))
+
+    measured, found, kept = one_round(rates)
+    for _ in range(rounds - 1):
+        rates = _next_scale(rates, found, kept)
+        measured, found, kept = one_round(rates)
+    rates = jnp.where(kept == Kept.NO, found, rates)
+    return Suggestion(
+        labels=groups.names,
+        learning_rates=dict(zip(groups.names, map(float, rates), strict=True)),
+        kept=dict(zip(groups.names, map(Kept, map(int, kept)), strict=True)),
+        quadratic=measured.quadratic,
+        offsets=measured.offsets,
+        changes=measured.changes,
+    )

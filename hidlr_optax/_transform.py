@@ -1,0 +1,255 @@
+"""The Optax transformation: estimate -> average -> minimise -> scale."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hidlr_optax._checks import (
+    LossFn,
+    Slope,
+    ValueFn,
+    bind_loss,
+    check_arguments,
+    check_like,
+    check_scalar,
+    check_slope,
+    usable_value,
+)
+from hidlr_optax._groups import Groups, label_names
+from hidlr_optax._paths import leaf_paths
+from hidlr_optax._quadratic import (
+    Diagonal,
+    Kept,
+    Quadratic,
+    average,
+    diagonal,
+    influence,
+    minimise_diagonal,
+)
+from hidlr_optax.curvature import Measurement, Probes, probes
+
+
+class HiDLRState(NamedTuple):
+    """State of `hidlr`: O(K) scalars, per-group ones in dicts keyed by label.
+
+    Attributes:
+      count: () int32, updates so far.
+      refreshes: () int32, refreshes so far, those that kept the rates included.
+      schedule_factor: () float32, the schedule's factor at the last update.
+      group_learning_rates: η, () float32 each, without the schedule's factor.
+      slope: b, () float32 each, loss per unit learning rate, averaged over refreshes.
+      curvature: a, () float32 each, loss per unit learning rate squared, averaged.
+      influence: PPI, () float32 each, loss per parameter, of the last refresh whose curvature was
+        positive; zero before.
+      measurements: () int32 each, how many refreshes the averages hold.
+      kept: () int32 each, a `Kept`: why the last refresh kept the group's rate, 0 if it did not.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    refreshes: jax.Array
+    schedule_factor: jax.Array
+    group_learning_rates: dict[str, jax.Array]
+    slope: dict[str, jax.Array]
+    curvature: dict[str, jax.Array]
+    influence: dict[str, jax.Array]
+    measurements: dict[str, jax.Array]
+    kept: dict[str, jax.Array]
+
+
+def initial_rates(initial: Any, names: tuple[str, ...]) -> dict[str, jax.Array]:
+    if not isinstance(initial, Mapping):
+        initial = dict.fromkeys(names, initial)
+    missing = [name for name in names if name not in initial]
+    unknown = [name for name in initial if name not in names]
+    if missing or unknown:
+        raise ValueError(
+            f"init_learning_rate must name every group and no other; the groups are {list(names)}, "
+            f"missing are {missing}, not among them are {unknown}"
+        )
+    # `array`, not `asarray`: a buffer of its own for each leaf, so that the state can be donated.
+    return {name: jnp.array(initial[name], jnp.float32) for name in names}
+
+
+def _group_names(param_labels: Any, params: Any) -> tuple[str, ...]:
+    # optax.tree.map_params initialises with a stand-in for params that has no leaves to match; all
+    # that it needs is the structure of the state, and labels given as a tree are enough for that.
+    if type(params).__name__ == "_ParamsPlaceholder" and not callable(param_labels):
+        return label_names(list(leaf_paths(param_labels)))
+    return Groups.of(param_labels, params).names
+
+
+def _initial_state(names: tuple[str, ...], init_learning_rate: Any) -> HiDLRState:
+    def zeros(dtype: Any) -> dict[str, jax.Array]:
+        return {name: jnp.zeros((), dtype) for name in names}
+
+    return HiDLRState(
+        count=jnp.zeros((), jnp.int32),
+        refreshes=jnp.zeros((), jnp.int32),
+        schedule_factor=jnp.ones((), jnp.float32),
+        group_learning_rates=initial_rates(init_learning_rate, names),
+        slope=zeros(jnp.float32),
+        curvature=zeros(jnp.float32),
+        influence=zeros(jnp.float32),
+        measurements=zeros(jnp.int32),
+        kept=zeros(jnp.int32),
+    )
+
+
+def trust(measured: Measurement) -> jax.Array:
+    """(K,) of `Kept`: which groups' measurements can be used at all.
+
+    One loss that is not finite keeps every group: it says that some probe left the region in which
+    the model means anything, and which one is not known to the others.
+    """
+    slope, curvature = measured.quadratic
+    finite = jnp.isfinite(slope) & jnp.isfinite(curvature)
+    all_finite = jnp.all(finite) & jnp.all(jnp.isfinite(measured.changes))
+    kept = jnp.where(measured.resolved, Kept.NO, Kept.UNRESOLVED)
+    return jnp.where(all_finite, kept, jnp.where(finite, Kept.OTHER_GROUP, Kept.NON_FINITE))
+
+
+def _refresh(
+    state: HiDLRState, measured: Measurement, groups: Groups, solver: Diagonal
+) -> HiDLRState:
+    """Averages what was measured into the state and solves for the rates."""
+    kept = trust(measured)
+    usable = kept == Kept.NO
+    measurements = groups.pack(state.measurements) + usable.astype(jnp.int32)
+
+    def averaged(mean: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.where(usable, average(mean, new, solver.averaging, measurements), mean)
+
+    means = Quadratic(groups.pack(state.slope), groups.pack(state.curvature))
+    quadratic = jax.tree.map(averaged, means, measured.quadratic)
+    rates, kept = minimise_diagonal(
+        quadratic, groups.pack(state.group_learning_rates), kept, solver.max_change
+    )
+    sizes = jnp.asarray(groups.sizes, jnp.float32)
+    ppi = jnp.where(kept == Kept.NO, influence(quadratic, sizes), groups.pack(state.influence))
+    return state._replace(
+        refreshes=optax.safe_increment(state.refreshes),
+        group_learning_rates=groups.unpack(rates),
+        slope=groups.unpack(quadratic.slope),
+        curvature=groups.unpack(quadratic.curvature),
+        influence=groups.unpack(ppi),
+        measurements=groups.unpack(measurements),
+        kept=groups.unpack(kept),
+    )
+
+
+def hidlr(
+    loss_fn: LossFn | None,
+    param_labels: Any,
+    *,
+    init_learning_rate: float | Mapping[str, float] = 1e-3,
+    update_interval: int = 10,
+    schedule: optax.Schedule | None = None,
+    curvature: Probes | None = None,
+    slope: Slope | None = None,
+    solver: Diagonal | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Hessian-informed differential learning rates: one rate per group of parameters.
+
+    Takes the incoming updates as the direction u, at unit learning rate, and multiplies group k by
+    η_k. Every `update_interval` steps, the first included, it models the loss along the group
+    steps, L(w + Σ η_k u_k) − L(w) ≈ −bᵀη + ½ Σ a_k η_k² (arXiv 2501.06954, eq. 3.1), and moves the
+    rates to its minimum. For Algorithm 1 of the paper to the letter, see `paper_hidlr`.
+
+    `update(updates, state, params, *, batch, value, grad, value_fn)` takes, beside what every
+    transformation takes:
+
+    * `batch`: handed to `loss_fn`.
+    * `value_fn`: params -> scalar, takes the place of `loss_fn` and `batch`.
+    * `value`: the loss at `params`; spares one evaluation.
+    * `grad`: the raw gradient of the probed loss, before any preconditioning; gives the slope.
+    * `refresh`: a bool, False to leave the rates alone at this call. See `multi_steps`.
+
+    Other keywords are ignored. Jit the training step: un-jitted, every call compiles the probes
+    anew. Under `vmap`, both branches of the refresh are evaluated at every step. Under `pmap` or
+    `shard_map`, `pmean` the loss, `value` and `grad`, or replicas will disagree on their rates.
+
+    Args:
+      loss_fn: (params, batch) -> scalar; None if `update` is always given `value_fn`. It has to be
+        the same function at all probes of a refresh: fix dropout keys and batch statistics.
+      param_labels: a pytree of str like params, a prefix of it, or a callable from params to one.
+      init_learning_rate: η before the first refresh; the scale of its probes. One for all groups,
+        or `{label: rate}`.
+      update_interval: Φ, steps from refresh to refresh.
+      schedule: step -> factor, multiplies all rates.
+      curvature: the estimator; None: `probes()`.
+      slope: where b comes from. "gradient": b_k = −⟨∇L_k, u_k⟩, exact and free. "probes": fitted
+        together with the curvature. None: "gradient" at calls with `grad`, "probes" at others.
+      solver: None: `diagonal()`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` whose state is a `HiDLRState`.
+
+    Raises:
+      ValueError: an argument is out of range; from `init`, labels or rates do not match the
+        parameters; from `update`, there are no params, no loss, or no gradient where one is needed.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, hidlr_optax as hd
+      >>> def loss_fn(params, batch):
+      ...     return jnp.sum((batch @ params["w"] + params["b"] - 1.0) ** 2)
+      >>> params = {"w": jnp.zeros(2), "b": jnp.zeros(())}
+      >>> tx = optax.chain(optax.sgd(1.0), hd.hidlr(loss_fn, {"w": "weight", "b": "bias"}))
+      >>> state = tx.init(params)
+      >>> batch = jnp.ones((4, 2))
+      >>> value, grad = jax.value_and_grad(loss_fn)(params, batch)
+      >>> updates, state = tx.update(grad, state, params, batch=batch, value=value, grad=grad)
+      >>> sorted(optax.tree.get(state, "group_learning_rates"))
+      ['bias', 'weight']
+    """
+    estimator = probes() if curvature is None else curvature
+    rule = diagonal() if solver is None else solver
+    check_arguments(loss_fn, init_learning_rate, update_interval, estimator, slope, rule)
+
+    def init_fn(params: Any) -> HiDLRState:
+        return _initial_state(_group_names(param_labels, params), init_learning_rate)
+
+    def update_fn(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        batch: Any = None,
+        value: Any = None,
+        grad: Any = None,
+        value_fn: ValueFn | None = None,
+        refresh: Any = True,
+        **unused: Any,
+    ) -> tuple[Any, HiDLRState]:
+        del unused
+        if params is None:
+            raise ValueError(
+                "hidlr probes the loss around params: call update(updates, state, params, ...)"
+            )
+        groups = Groups.of(param_labels, params)
+        check_like(updates, params, "updates")
+        check_slope(slope, estimator, grad, params)
+        loss = bind_loss(loss_fn, value_fn, batch)
+        no_batch = batch is None and value_fn is None
+        check_scalar(loss, groups, params, updates, no_batch)
+        value = usable_value(value, params)
+
+        def refreshed() -> HiDLRState:
+            known = None if grad is None or slope == "probes" else -groups.inner(grad, updates)
+            rates = groups.pack(state.group_learning_rates)
+            measured = estimator.estimate(
+                loss, params, updates, groups, rates, slope=known, value=value, step=state.count
+            )
+            return _refresh(state, measured, groups, rule)
+
+        interval = jnp.asarray(update_interval).astype(jnp.int32)
+        due = (state.count % interval == 0) & jnp.asarray(refresh)
+        state = jax.lax.cond(due, refreshed, lambda: state)
+        factor = jnp.asarray(1.0 if schedule is None else schedule(state.count), jnp.float32)
+        rates = groups.pack(state.group_learning_rates) * factor
+        count = optax.safe_increment(state.count)
+        return groups.scale(updates, rates), state._replace(count=count, schedule_factor=factor)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

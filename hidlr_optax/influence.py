@@ -1,0 +1,62 @@
+"""Reading the state: rates, slopes, curvatures and influences as flat scalars for any logger."""
+
+from typing import Any
+
+import jax
+
+from hidlr_optax._transform import HiDLRState
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, HiDLRState)
+
+
+def find_state(opt_state: Any) -> HiDLRState:
+    """The one `HiDLRState` in an optimizer state, at any depth.
+
+    Raises:
+      ValueError: there is none, or there are several.
+    """
+    states = [node for node in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(node)]
+    if len(states) != 1:
+        raise ValueError(
+            f"expected one HiDLRState in the optimizer state, found {len(states)}; pass the state "
+            "of a chain that holds one hidlr, or one of the states themselves"
+        )
+    return states[0]
+
+
+def metrics(opt_state: Any) -> dict[str, jax.Array]:
+    """What `hidlr` knows, as a flat dict of () arrays; works inside jit.
+
+    Args:
+      opt_state: the state of `hidlr` or of anything that contains it: a chain, `MultiSteps`,
+        `inject_hyperparams`, `nnx.Optimizer.opt_state`, ….
+
+    Returns:
+      For each label: `learning_rate/…` (as applied at the last update, schedule included),
+      `slope/…` (b, loss per unit learning rate), `curvature/…` (a, loss per unit learning rate
+      squared), `influence/…` (PPI, loss per parameter) and `kept/…` (a `Kept`: 0 where the last
+      refresh set a new rate, else the reason why not). Beside them `refreshes`.
+
+    Raises:
+      ValueError: there is no `HiDLRState` in the state, or more than one.
+
+    Example:
+      >>> import jax.numpy as jnp, hidlr_optax as hd
+      >>> state = hd.hidlr(None, "all", init_learning_rate=0.5).init({"w": jnp.zeros(3)})
+      >>> float(hd.metrics((state,))["learning_rate/all"])
+      0.5
+    """
+    state = find_state(opt_state)
+    fields = {
+        "learning_rate": jax.tree.map(
+            lambda rate: rate * state.schedule_factor, state.group_learning_rates
+        ),
+        "slope": state.slope,
+        "curvature": state.curvature,
+        "influence": state.influence,
+        "kept": state.kept,
+    }
+    flat = {f"{field}/{name}": x for field, group in fields.items() for name, x in group.items()}
+    return flat | {"refreshes": state.refreshes}
