@@ -1,0 +1,117 @@
+"""The figures. Needs matplotlib, in the extra `plot`.
+
+Figures are made without pyplot, so there is no global list of them to close: `figure.savefig(path)`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hidlr_optax._quadratic import Kept
+from hidlr_optax._suggest import Suggestion
+
+_RATE = "learning_rate/"
+
+
+def _draw_rates(axes: Axes, steps: np.ndarray, history: Sequence[Mapping[str, Any]]) -> None:
+    labels = [key.removeprefix(_RATE) for key in history[0] if key.startswith(_RATE)]
+    if not labels:
+        raise ValueError(
+            f"no key of the history starts with {_RATE!r}: log metrics(opt_state) at each step; "
+            f"got {sorted(history[0])}"
+        )
+    for label in labels:
+        rates = np.array([float(row[_RATE + label]) for row in history])
+        axes.step(steps, rates, where="post", label=label)
+    axes.set(xlabel="step", ylabel="learning rate", yscale="log")
+    axes.legend(title="group")
+
+
+def learning_rates(history: Iterable[Mapping[str, Any]]) -> Figure:
+    """Learning rate of each group over steps, and the loss beside it where it was logged.
+
+    Args:
+      history: one mapping per step, as `metrics(opt_state)` returns it, with `loss` and `step`
+        added if there are any. Without `step`, rows are numbered from 0.
+
+    Returns:
+      A figure with one panel, or two with the loss.
+
+    Raises:
+      ValueError: the history is empty or holds no learning rates.
+
+    Example:
+      >>> import hidlr_optax.plot
+      >>> row = {"loss": 2.0, "learning_rate/head": 1e-3}
+      >>> figure = hidlr_optax.plot.learning_rates([row, row])
+      >>> [axes.get_ylabel() for axes in figure.axes]
+      ['loss', 'learning rate']
+    """
+    rows = list(history)
+    if not rows:
+        raise ValueError("the history is empty: append metrics(opt_state) at each step")
+    steps = np.array([row.get("step", n) for n, row in enumerate(rows)], float)
+    with_loss = "loss" in rows[0]
+    panels = 1 + with_loss
+    figure = Figure(figsize=(5 * panels, 3.5), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)
+    _draw_rates(axes[0, -1], steps, rows)
+    if with_loss:
+        axes[0, 0].plot(steps, [float(row["loss"]) for row in rows], color="black", linewidth=1)
+        axes[0, 0].set(xlabel="step", ylabel="loss")
+    return figure
+
+
+def _draw_parabola(axes: Axes, suggestion: Suggestion, k: int) -> None:
+    label = suggestion.labels[k]
+    offsets, changes = np.asarray(suggestion.offsets), np.asarray(suggestion.changes)
+    own = (offsets[:, k] != 0) & (np.count_nonzero(offsets, axis=1) == 1)
+    slope, curvature = (float(np.asarray(c)[k]) for c in suggestion.quadratic)
+    rate, kept = suggestion.learning_rates[label], suggestion.kept[label]
+    ends = [0.0, *offsets[own, k], *([rate] if kept == Kept.NO else [])]
+    grid = np.linspace(min(ends), max(ends), 200)
+    axes.plot(grid, -slope * grid + curvature * grid**2 / 2, label="fitted parabola")
+    axes.plot([0.0, *offsets[own, k]], [0.0, *changes[own]], "ko", markersize=4, label="probes")
+    title = label
+    if kept == Kept.NO:
+        axes.axvline(rate, color="tab:red", linestyle=":", label="minimiser")
+        title += f": {rate:.3g}"
+    else:
+        title += f": none ({kept.name.lower().replace('_', ' ')})"
+    axes.set(title=title, xlabel="learning rate")
+    axes.ticklabel_format(style="sci", scilimits=(-2, 3))
+
+
+def fit(suggestion: Suggestion) -> Figure:
+    """The paper's Figure 1: probed losses of each group, fitted parabola, its minimiser.
+
+    Args:
+      suggestion: from `suggest`, with its default axis probes. Where probes were drawn jointly,
+        only the parabolas are shown: no probe belongs to one group.
+
+    Returns:
+      A figure with one panel per group.
+
+    Example:
+      >>> import jax.numpy as jnp, hidlr_optax as hd, hidlr_optax.plot
+      >>> params, direction = {"x": jnp.asarray(3.0)}, {"x": jnp.asarray(-3.0)}
+      >>> found = hd.suggest(lambda p, batch: p["x"] ** 2 / 2, params, "all", direction)
+      >>> [axes.get_title() for axes in hidlr_optax.plot.fit(found).axes]
+      ['all: 1']
+    """
+    count = len(suggestion.labels)
+    columns = min(count, 4)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.8 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for k, panel in enumerate(axes.flat[:count]):
+        _draw_parabola(panel, suggestion, k)
+    for unused in axes.flat[count:]:
+        unused.set_axis_off()
+    for row in axes:
+        row[0].set_ylabel("change of the loss")
+    axes[0, 0].legend(fontsize="small")
+    return figure

@@ -1,0 +1,12 @@
+"""Settings every test runs under: eight host devices for meshes, and no silent type promotion."""
+
+import os
+
+# Before jax is imported for the first time.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import jax
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -1,0 +1,59 @@
+"""The figures show the numbers they are given."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hidlr_optax as hd
+from hidlr_optax import plot
+
+
+def _loss(params, batch):
+    del batch
+    return 0.5 * params["x"] ** 2 + 50.0 * params["y"] ** 2 - 2.0 * params["z"] ** 2
+
+
+def _suggestion():
+    params = {name: jnp.asarray(1.0) for name in "xyz"}
+    direction = jax.tree.map(jnp.negative, jax.grad(_loss)(params, None))
+    return hd.suggest(_loss, params, {name: name for name in "xyz"}, direction)
+
+
+def test_learning_rates_draws_one_line_per_group_and_the_loss():
+    history = [
+        {"step": 10 * n, "loss": 3.0 - n, "learning_rate/a": 0.1 * 2**n, "learning_rate/b": 1.0}
+        for n in range(3)
+    ]
+    loss_axes, rate_axes = plot.learning_rates(history).axes
+    np.testing.assert_allclose(loss_axes.lines[0].get_xydata(), [[0, 3], [10, 2], [20, 1]])
+    lines = {line.get_label(): line for line in rate_axes.lines}
+    assert set(lines) == {"a", "b"}
+    np.testing.assert_allclose(lines["a"].get_ydata(), [0.1, 0.2, 0.4])
+    assert rate_axes.get_yscale() == "log"
+
+
+def test_learning_rates_takes_what_metrics_returns():
+    state = hd.hidlr(None, {"w": "head"}, init_learning_rate=0.25).init({"w": jnp.ones(2)})
+    (axes,) = plot.learning_rates([hd.metrics(state)] * 2).axes
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [0.25, 0.25])
+
+
+@pytest.mark.parametrize(
+    ("history", "message"), [([], "empty"), ([{"loss": 1.0}], "learning_rate/")]
+)
+def test_learning_rates_without_rates_says_what_to_log(history, message):
+    with pytest.raises(ValueError, match=message):
+        plot.learning_rates(history)
+
+
+def test_fit_draws_probes_parabola_and_minimiser_of_each_group():
+    found = _suggestion()
+    x, y, z = plot.fit(found).axes
+    parabola, probes, minimiser = x.lines
+    assert minimiser.get_xdata()[0] == pytest.approx(1.0, rel=1e-3)
+    assert len(probes.get_xdata()) == 5
+    grid = parabola.get_xdata()
+    np.testing.assert_allclose(parabola.get_ydata(), -grid + grid**2 / 2, rtol=1e-3, atol=1e-5)
+    assert y.get_title() == "y: 0.01"
+    assert z.get_title() == "z: none (not convex)"
