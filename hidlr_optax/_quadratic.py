@@ -37,7 +37,7 @@ class Kept(enum.IntEnum):
     NON_FINITE = 1
     """A loss, a gradient or an update was NaN or infinite."""
     UNRESOLVED = 2
-    """The curvature changes the loss by less than its floating-point type resolves."""
+    """The group's probes change the loss by less than its floating-point type resolves."""
     NOT_CONVEX = 3
     """The curvature is negative or zero, so the quadratic has no minimum."""
     NO_SLOPE = 4
@@ -177,6 +177,26 @@ class Diagonal:
 
     averaging: float
     max_change: float | None
+
+    def solve(
+        self, quadratic: Quadratic, rates: jax.Array, kept: jax.Array, floor: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The new rates and, for each group, a `Kept`: why its rate is the old one.
+
+        Where the slope is known but the curvature is lost in the rounding of the loss, the parabola
+        is flat as far as can be seen, and a bounded change towards its minimum is safe. Without a
+        bound it is not, and the fit is taken as it is.
+
+        Args:
+          quadratic: in learning rates of one.
+          rates: η, (K,), the current rates.
+          kept: (K,) of `Kept`, the groups already known not to be trusted.
+          floor: (K,), the smallest curvature that could have been told from none.
+        """
+        if self.max_change is not None:
+            flat = jnp.abs(quadratic.curvature) < floor
+            quadratic = quadratic._replace(curvature=jnp.where(flat, floor, quadratic.curvature))
+        return minimise_diagonal(quadratic, rates, kept, self.max_change)
 
 
 def diagonal(averaging: float = 0.9, max_change: float | None = 2.0) -> Diagonal:

@@ -27,7 +27,6 @@ from hidlr_optax._quadratic import (
     average,
     diagonal,
     influence,
-    minimise_diagonal,
 )
 from hidlr_optax.curvature import Measurement, Probes, probes
 
@@ -124,11 +123,11 @@ def _refresh(
 
     means = Quadratic(groups.pack(state.slope), groups.pack(state.curvature))
     quadratic = jax.tree.map(averaged, means, measured.quadratic)
-    rates, kept = minimise_diagonal(
-        quadratic, groups.pack(state.group_learning_rates), kept, solver.max_change
-    )
+    rates = groups.pack(state.group_learning_rates)
+    rates, kept = solver.solve(quadratic, rates, kept, measured.floor)
     sizes = jnp.asarray(groups.sizes, jnp.float32)
-    ppi = jnp.where(kept == Kept.NO, influence(quadratic, sizes), groups.pack(state.influence))
+    convex = (kept == Kept.NO) & (quadratic.curvature > measured.floor)
+    ppi = jnp.where(convex, influence(quadratic, sizes), groups.pack(state.influence))
     return state._replace(
         refreshes=optax.safe_increment(state.refreshes),
         group_learning_rates=groups.unpack(rates),

@@ -15,7 +15,7 @@ import numpy as np
 from hidlr_optax._groups import Groups, wide
 from hidlr_optax._quadratic import Quadratic, fit_axes, fit_joint
 
-# How many units in the last place of the loss the curvature has to move it by before it is trusted.
+# How many units in the last place of the loss a change has to be before it is more than rounding.
 # A sum over a batch, differently fused for the value and for the probes, is off by a few.
 _RESOLUTION = 16.0
 
@@ -25,13 +25,16 @@ class Measurement(NamedTuple):
 
     Attributes:
       quadratic: slope and curvature in learning rates of one.
-      resolved: (K,) bool, where the curvature stands above the rounding of the loss.
+      resolved: (K,) bool, where the change of the loss stands above its rounding.
+      floor: (K,), the smallest curvature that could have been told from none: what moves the loss
+        by its rounding at the current rate.
       offsets: ξ, (n, K), the learning rates at which the loss was probed.
       changes: (n,), loss at the offsets minus loss at the parameters.
     """
 
     quadratic: Quadratic
     resolved: jax.Array
+    floor: jax.Array
     offsets: jax.Array
     changes: jax.Array
 
@@ -123,10 +126,11 @@ class Probes:
             value, losses, points, offsets = losses[0], losses[1:], points[1:], offsets[1:]
         changes = losses - value.astype(losses.dtype)
         scaled = self._fit(points, changes.astype(jnp.float32), slope, rates)
-        floor = _RESOLUTION * float(eps) * self._magnitude(losses, value, len(groups))
+        rounding = _RESOLUTION * float(eps) * self._largest(losses, value, len(groups))
         return Measurement(
             quadratic=scaled.scaled(1 / rates),
-            resolved=jnp.abs(scaled.curvature) > floor,
+            resolved=self._largest(changes, jnp.zeros(()), len(groups)) > rounding,
+            floor=rounding / rates**2,
             offsets=offsets,
             changes=changes.astype(jnp.float32),
         )
@@ -141,12 +145,13 @@ class Probes:
         axis = jnp.asarray(self._axis_points())
         return fit_axes(axis, changes.reshape(-1, self.per_group), known)
 
-    def _magnitude(self, losses: jax.Array, value: jax.Array, num_groups: int) -> jax.Array:
-        """The largest loss that each group's fit subtracted from another: (K,) or a scalar."""
-        at_probes = jnp.abs(losses).astype(jnp.float32)
-        if self.design == "axis":
-            at_probes = at_probes.reshape(num_groups, self.per_group)
-        return jnp.maximum(jnp.max(at_probes, axis=-1), jnp.abs(value).astype(jnp.float32))
+    def _largest(self, at_probes: jax.Array, value: jax.Array, num_groups: int) -> jax.Array:
+        """The largest magnitude that each group's fit had to do with: (K,)."""
+        sizes = jnp.abs(at_probes).astype(jnp.float32)
+        largest = jnp.max(sizes.reshape(num_groups, -1), axis=1)  # axis probes lie in this order
+        if self.design == "gaussian":
+            largest = jnp.full(num_groups, jnp.max(largest))
+        return jnp.maximum(largest, jnp.abs(value).astype(jnp.float32))
 
 
 def probes(

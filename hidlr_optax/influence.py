@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from hidlr_optax._transform import HiDLRState
 
@@ -29,6 +30,8 @@ def find_state(opt_state: Any) -> HiDLRState:
 def metrics(opt_state: Any) -> dict[str, jax.Array]:
     """What `hidlr` knows, as a flat dict of () arrays; works inside jit.
 
+    The arrays are the caller's own: they outlive a state that is donated to the next step.
+
     Args:
       opt_state: the state of `hidlr` or of anything that contains it: a chain, `MultiSteps`,
         `inject_hyperparams`, `nnx.Optimizer.opt_state`, ….
@@ -50,13 +53,13 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
     """
     state = find_state(opt_state)
     fields = {
-        "learning_rate": jax.tree.map(
-            lambda rate: rate * state.schedule_factor, state.group_learning_rates
-        ),
+        "learning_rate": {
+            name: rate * state.schedule_factor for name, rate in state.group_learning_rates.items()
+        },
         "slope": state.slope,
         "curvature": state.curvature,
         "influence": state.influence,
         "kept": state.kept,
     }
     flat = {f"{field}/{name}": x for field, group in fields.items() for name, x in group.items()}
-    return flat | {"refreshes": state.refreshes}
+    return jax.tree.map(jnp.copy, flat | {"refreshes": state.refreshes})

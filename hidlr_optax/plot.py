@@ -1,6 +1,6 @@
 """The figures. Needs matplotlib, in the extra `plot`.
 
-Figures are made without pyplot, so there is no global list of them to close: `figure.savefig(path)`.
+Figures are made without pyplot, so none has to be closed: `figure.savefig(path)`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
