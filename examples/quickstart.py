@@ -83,12 +83,13 @@ def load_mnist() -> Data:
 def batches(data: tuple[np.ndarray, np.ndarray], batch_size: int, steps: int, seed: int) -> Any:
     """`steps` batches, reshuffled every epoch."""
     images, labels = data
-    rng = np.random.default_rng(seed)
+    rng, order = np.random.default_rng(seed), np.arange(len(labels))
     per_epoch = len(labels) // batch_size
     for step in range(steps):
-        if step % per_epoch == 0:
-            order = rng.permutation(len(labels))
-        chosen = order[step % per_epoch * batch_size :][:batch_size]
+        start = step % per_epoch * batch_size
+        if start == 0:
+            rng.shuffle(order)
+        chosen = order[start : start + batch_size]
         yield images[chosen], labels[chosen]
 
 

@@ -52,7 +52,7 @@ def suggest(
     batch: Any = None,
     *,
     init_learning_rate: float | Mapping[str, float] = 1e-3,
-    estimator: Probes | None = None,
+    curvature: Probes = probes(),
     rounds: int = 4,
 ) -> Suggestion:
     """The K learning rates that the loss asks for along one direction: lr_find, per group.
@@ -70,7 +70,7 @@ def suggest(
         SGD, the negative gradient; for others, the first updates of the optimizer at rate 1.
       batch: handed to `loss_fn`.
       init_learning_rate: the scale of the first round, one for all or `{label: rate}`.
-      estimator: None: `probes(per_group=4)`.
+      curvature: the estimator.
       rounds: how often to probe. Each costs 4K + 1 evaluations of the loss.
 
     Returns:
@@ -88,8 +88,7 @@ def suggest(
       >>> {name: round(rate, 4) for name, rate in found.learning_rates.items()}
       {'x': 1.0, 'y': 0.01}
     """
-    estimator = probes() if estimator is None else estimator
-    check_arguments(loss_fn, init_learning_rate, 1, estimator, "probes", diagonal())
+    check_arguments(loss_fn, init_learning_rate, 1, curvature, "probes", diagonal())
     if rounds < 1:
         raise ValueError(f"rounds must be 1 or more, got {rounds}")
     groups = Groups.of(param_labels, params)
@@ -100,7 +99,7 @@ def suggest(
 
     @jax.jit
     def one_round(rates: jax.Array) -> tuple[Measurement, jax.Array, jax.Array]:
-        measured = estimator.estimate(loss, params, direction, groups, rates)
+        measured = curvature.estimate(loss, params, direction, groups, rates)
         return measured, *vertices(measured.quadratic, trust(measured))
 
     measured, found, kept = one_round(rates)

@@ -146,9 +146,9 @@ def hidlr(
     init_learning_rate: float | Mapping[str, float] = 1e-3,
     update_interval: int = 10,
     schedule: optax.Schedule | None = None,
-    curvature: Probes | None = None,
+    curvature: Probes = probes(),
     slope: Slope | None = None,
-    solver: Diagonal | None = None,
+    solver: Diagonal = diagonal(),
 ) -> optax.GradientTransformationExtraArgs:
     """Hessian-informed differential learning rates: one rate per group of parameters.
 
@@ -162,8 +162,8 @@ def hidlr(
 
     * `batch`: handed to `loss_fn`.
     * `value_fn`: params -> scalar, takes the place of `loss_fn` and `batch`.
-    * `value`: the loss at `params`; spares one evaluation.
-    * `grad`: the raw gradient of the probed loss, before any preconditioning; gives the slope.
+    * `value`: the probed loss at `params`, of this `batch` and no other; spares one evaluation.
+    * `grad`: the raw gradient of that loss, before any preconditioning; gives the slope.
     * `refresh`: a bool, False to leave the rates alone at this call. See `multi_steps`.
 
     Other keywords are ignored. Jit the training step: un-jitted, every call compiles the probes
@@ -178,10 +178,10 @@ def hidlr(
         or `{label: rate}`.
       update_interval: Φ, steps from refresh to refresh.
       schedule: step -> factor, multiplies all rates.
-      curvature: the estimator; None: `probes()`.
+      curvature: the estimator, from `probes`.
       slope: where b comes from. "gradient": b_k = −⟨∇L_k, u_k⟩, exact and free. "probes": fitted
         together with the curvature. None: "gradient" at calls with `grad`, "probes" at others.
-      solver: None: `diagonal()`.
+      solver: from `diagonal`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `HiDLRState`.
@@ -203,9 +203,7 @@ def hidlr(
       >>> sorted(optax.tree.get(state, "group_learning_rates"))
       ['bias', 'weight']
     """
-    estimator = probes() if curvature is None else curvature
-    rule = diagonal() if solver is None else solver
-    check_arguments(loss_fn, init_learning_rate, update_interval, estimator, slope, rule)
+    check_arguments(loss_fn, init_learning_rate, update_interval, curvature, slope, solver)
 
     def init_fn(params: Any) -> HiDLRState:
         return _initial_state(_group_names(param_labels, params), init_learning_rate)
@@ -229,7 +227,7 @@ def hidlr(
             )
         groups = Groups.of(param_labels, params)
         check_like(updates, params, "updates")
-        check_slope(slope, estimator, grad, params)
+        check_slope(slope, curvature, grad, params)
         loss = bind_loss(loss_fn, value_fn, batch)
         no_batch = batch is None and value_fn is None
         check_scalar(loss, groups, params, updates, no_batch)
@@ -238,10 +236,10 @@ def hidlr(
         def refreshed() -> HiDLRState:
             known = None if grad is None or slope == "probes" else -groups.inner(grad, updates)
             rates = groups.pack(state.group_learning_rates)
-            measured = estimator.estimate(
+            measured = curvature.estimate(
                 loss, params, updates, groups, rates, slope=known, value=value, step=state.count
             )
-            return _refresh(state, measured, groups, rule)
+            return _refresh(state, measured, groups, solver)
 
         interval = jnp.asarray(update_interval).astype(jnp.int32)
         due = (state.count % interval == 0) & jnp.asarray(refresh)
