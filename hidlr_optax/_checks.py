@@ -122,13 +122,17 @@ def check_scalar(
 def usable_value(value: Any, params: Any) -> jax.Array | None:
     """The loss at params, if it was computed as precisely as the probes will be.
 
-    Probes run in float32 at least. Against them, a loss computed from bfloat16 parameters, or
-    rounded to it, is off by more than the curvature that is looked for.
+    Probes run in float32 at least, and in float64 where a parameter is. Against them, a loss
+    computed from bfloat16 parameters, or rounded to it, is off by more than the curvature that is
+    looked for.
     """
     if value is None:
         return None
     value = jnp.asarray(value)
-    if value.shape != ():
-        raise ValueError(f"value must be the scalar loss at params, got shape {value.shape}")
-    dtypes = [value.dtype, *(jnp.asarray(leaf).dtype for leaf in jax.tree.leaves(params))]
-    return value if all(wide(dtype) == dtype for dtype in dtypes) else None
+    if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(
+            f"value must be the scalar loss at params, got shape {value.shape} of {value.dtype}"
+        )
+    dtypes = [jnp.asarray(leaf).dtype for leaf in jax.tree.leaves(params)]
+    as_wide = all(jnp.finfo(value.dtype).bits >= jnp.finfo(wide(dtype)).bits for dtype in dtypes)
+    return value if as_wide and all(wide(dtype) == dtype for dtype in dtypes) else None

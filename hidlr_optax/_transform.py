@@ -106,7 +106,8 @@ def trust(measured: Measurement) -> jax.Array:
     slope, curvature = measured.quadratic
     finite = jnp.isfinite(slope) & jnp.isfinite(curvature)
     all_finite = jnp.all(finite) & jnp.all(jnp.isfinite(measured.changes))
-    kept = jnp.where(measured.resolved, Kept.NO, Kept.UNRESOLVED)
+    kept = jnp.where(slope == 0, Kept.NO_SLOPE, Kept.UNRESOLVED)
+    kept = jnp.where(measured.resolved, Kept.NO, kept)
     return jnp.where(all_finite, kept, jnp.where(finite, Kept.OTHER_GROUP, Kept.NON_FINITE))
 
 
