@@ -5,10 +5,10 @@ from typing import Any
 
 import optax
 
-from hidlr_optax._checks import LossFn
-from hidlr_optax._quadratic import diagonal
+from hidlr_optax._checks import LossFn, Slope
+from hidlr_optax._quadratic import Diagonal, diagonal
 from hidlr_optax._transform import hidlr
-from hidlr_optax.curvature import probes
+from hidlr_optax.curvature import Probes, probes
 
 
 def paper_hidlr(
@@ -72,7 +72,16 @@ def paper_hidlr(
     )
 
 
-def hiulr(loss_fn: LossFn | None, **hidlr_kwargs: Any) -> optax.GradientTransformationExtraArgs:
+def hiulr(
+    loss_fn: LossFn | None,
+    *,
+    init_learning_rate: float = 1e-3,
+    update_interval: int = 10,
+    schedule: optax.Schedule | None = None,
+    curvature: Probes = probes(),
+    slope: Slope | None = None,
+    solver: Diagonal = diagonal(),
+) -> optax.GradientTransformationExtraArgs:
     """One rate for all parameters: Hi-ULR of the paper, which is GeN (arXiv 2407.02772).
 
     `hidlr` with the single group "all". With `probes(per_group=2)`, `slope="probes"` and
@@ -80,18 +89,35 @@ def hiulr(loss_fn: LossFn | None, **hidlr_kwargs: Any) -> optax.GradientTransfor
     η* = (η/2)·(L₋ − L₊)/(L₊ − 2L₀ + L₋), where L± = L(w ± ηu).
 
     Args:
-      loss_fn: as in `hidlr`.
-      **hidlr_kwargs: the keywords of `hidlr`.
+      loss_fn: as in `hidlr`, like all that follow.
+      init_learning_rate: η before the first refresh.
+      update_interval: Φ.
+      schedule: step -> factor.
+      curvature: the estimator.
+      slope: "gradient", "probes" or None.
+      solver: from `diagonal`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `HiDLRState`.
+
+    Raises:
+      ValueError: as in `hidlr`.
 
     Example:
       >>> import jax.numpy as jnp, hidlr_optax as hd
       >>> list(hd.hiulr(None).init({"w": jnp.ones(2)}).group_learning_rates)
       ['all']
     """
-    return hidlr(loss_fn, "all", **hidlr_kwargs)
+    return hidlr(
+        loss_fn,
+        "all",
+        init_learning_rate=init_learning_rate,
+        update_interval=update_interval,
+        schedule=schedule,
+        curvature=curvature,
+        slope=slope,
+        solver=solver,
+    )
 
 
 def multi_steps(

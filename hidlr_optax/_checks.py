@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from hidlr_optax._groups import Groups, wide
+from hidlr_optax._groups import OUTSIDE, Groups, wide
 from hidlr_optax._quadratic import Diagonal
 from hidlr_optax.curvature import Probes
 
@@ -64,7 +64,10 @@ def check_arguments(
 def check_like(tree: Any, params: Any, name: str) -> None:
     expected, got = jax.tree.structure(params), jax.tree.structure(tree)
     if got != expected:
-        raise ValueError(f"{name} must have the structure of params, {expected}; got {got}")
+        raise ValueError(
+            f"{name} must have the structure of params, {expected}; got {got}. If hidlr is wrapped "
+            f"in a transformation that changes the tree: {OUTSIDE}"
+        )
 
 
 def bind_loss(loss_fn: LossFn | None, value_fn: ValueFn | None, batch: Any) -> ValueFn:
@@ -109,7 +112,7 @@ def check_scalar(
             ) from error
         error.add_note(
             "hidlr was tracing the loss it is to probe, with parameters in float32 or wider. If it "
-            "is wrapped in optax.flatten, partition or masked, put it outside, last in the chain."
+            f"is wrapped in a transformation that changes the tree: {OUTSIDE}"
         )
         raise
     if getattr(out, "shape", None) != () or not jnp.issubdtype(out.dtype, jnp.floating):

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hidlr_optax._paths import leaf_paths, shown
+from hidlr_optax._paths import Path, leaf_paths, shown
 
-_OUTSIDE = (
+OUTSIDE = (
     "hidlr has to be outermost: put it after partition/masked/flatten in the chain, as in "
     "chain(partition(...), hidlr(...)), not inside"
 )
@@ -40,8 +40,14 @@ def _leaves(tree: Any) -> list[jax.Array]:
     return [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def label_names(label_paths: list[tuple[tuple[str, ...], Any]]) -> tuple[str, ...]:
-    """The distinct labels, sorted: an order that does not depend on the tree's."""
+def is_labeller(param_labels: Any) -> bool:
+    """Whether labels are a function of params; a callable pytree (an Equinox module) is not."""
+    return callable(param_labels) and jax.tree_util.all_leaves([param_labels])
+
+
+def label_names(param_labels: Any) -> tuple[str, ...]:
+    """The distinct labels of a label tree, sorted: an order that does not depend on the tree's."""
+    label_paths = leaf_paths(param_labels)
     for path, label in label_paths:
         if not isinstance(label, str):
             raise ValueError(
@@ -53,7 +59,7 @@ def label_names(label_paths: list[tuple[tuple[str, ...], Any]]) -> tuple[str, ..
     return tuple(sorted({label for _, label in label_paths}))
 
 
-def _match(labels: dict[tuple[str, ...], str], paths: list[tuple[str, ...]]) -> list[str]:
+def _match(labels: dict[Path, str], paths: list[Path]) -> list[str]:
     """The label of each leaf: that of the label tree's leaf on the way to it."""
     found, used, unlabelled = [], set(), []
     for path in paths:
@@ -73,7 +79,7 @@ def _match(labels: dict[tuple[str, ...], str], paths: list[tuple[str, ...]]) -> 
         raise ValueError(
             f"param_labels does not match params: {'; '.join(problems)}. It has to be a pytree of "
             f"str like params, a prefix of it, or a callable params -> such a tree. If hidlr is "
-            f"wrapped in a transformation that changes the tree: {_OUTSIDE}"
+            f"wrapped in a transformation that changes the tree: {OUTSIDE}"
         )
     return found
 
@@ -100,13 +106,11 @@ class Groups:
           ValueError: the labels do not match, a label is not a str, or params is masked.
         """
         if any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked))):
-            raise ValueError(f"hidlr was given masked parameters (optax.MaskedNode). {_OUTSIDE}")
-        label_paths = list(
-            leaf_paths(param_labels(params) if callable(param_labels) else param_labels)
-        )
-        names = label_names(label_paths)
-        leaves = list(leaf_paths(params))
-        leaf_labels = _match(dict(label_paths), [path for path, _ in leaves])
+            raise ValueError(f"hidlr was given masked parameters (optax.MaskedNode). {OUTSIDE}")
+        labels = param_labels(params) if is_labeller(param_labels) else param_labels
+        names = label_names(labels)
+        leaves = leaf_paths(params)
+        leaf_labels = _match(dict(leaf_paths(labels)), [path for path, _ in leaves])
         index = tuple(map(names.index, leaf_labels))
         sizes = [0] * len(names)
         for k, (_, leaf) in zip(index, leaves, strict=True):

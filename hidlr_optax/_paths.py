@@ -1,9 +1,11 @@
 """Slash-joined names for the leaves of any pytree."""
 
-from collections.abc import Iterator
+from collections import Counter
 from typing import Any
 
 import jax
+
+Path = tuple[str, ...]
 
 _KEY_FIELDS = ("key", "name", "idx")  # DictKey and FlattenedIndexKey, GetAttrKey, SequenceKey
 
@@ -15,23 +17,24 @@ def _component(key: Any) -> str:
     return str(key)
 
 
-def path_components(key_path: tuple[Any, ...]) -> tuple[str, ...]:
-    """The names along one key path, without the `.value` of a Flax nnx Variable.
+def leaf_paths(tree: Any) -> list[tuple[Path, Any]]:
+    """(path components, leaf) for every leaf, in the order of `jax.tree.leaves`.
 
-    nnx hands Variables to `init` and their bare arrays to `update`; both are to have one name.
+    The `value` attribute of a Flax nnx Variable, the only child of its node, is left out: nnx hands
+    Variables to `init` and their bare arrays to `update`, and both are to have one name.
     """
-    if key_path and getattr(key_path[-1], "name", None) == "value":
-        key_path = key_path[:-1]
-    return tuple(_component(key) for key in key_path)
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    leaves_below = Counter(keys[:depth] for keys, _ in flat for depth in range(len(keys)))
+    paths = []
+    for keys, leaf in flat:
+        named_value = bool(keys) and getattr(keys[-1], "name", None) == "value"
+        if named_value and leaves_below[keys[:-1]] == 1:
+            keys = keys[:-1]
+        paths.append((tuple(map(_component, keys)), leaf))
+    return paths
 
 
-def leaf_paths(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(path components, leaf) for every leaf, in the order of `jax.tree.leaves`."""
-    for key_path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        yield path_components(key_path), leaf
-
-
-def shown(paths: list[tuple[str, ...]], limit: int = 5) -> str:
+def shown(paths: list[Path], limit: int = 5) -> str:
     """The first few paths and their count, for error messages."""
     listed = ", ".join(repr("/".join(path)) for path in paths[:limit])
     return f"{listed}{', …' if len(paths) > limit else ''} ({len(paths)} in all)"

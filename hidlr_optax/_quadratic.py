@@ -184,8 +184,8 @@ class Diagonal:
         """The new rates and, for each group, a `Kept`: why its rate is the old one.
 
         Where the slope is known but the curvature is lost in the rounding of the loss, the parabola
-        is flat as far as can be seen, and a bounded change towards its minimum is safe. Without a
-        bound it is not, and the fit is taken as it is.
+        is flat as far as can be seen, and a bounded change towards its minimum, which lies further
+        out than seen, is safe. Without a bound it is not, and the fit is taken as it is.
 
         Args:
           quadratic: in learning rates of one.
@@ -195,7 +195,8 @@ class Diagonal:
         """
         if self.max_change is not None:
             flat = jnp.abs(quadratic.curvature) < floor
-            quadratic = quadratic._replace(curvature=jnp.where(flat, floor, quadratic.curvature))
+            seen = jnp.minimum(floor, jnp.abs(quadratic.slope) / rates)  # b/seen ≥ the rate
+            quadratic = quadratic._replace(curvature=jnp.where(flat, seen, quadratic.curvature))
         return minimise_diagonal(quadratic, rates, kept, self.max_change)
 
 

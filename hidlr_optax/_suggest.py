@@ -36,6 +36,13 @@ class Suggestion(NamedTuple):
     changes: jax.Array
 
 
+def _trust(measured: Measurement) -> jax.Array:
+    """(K,) of `Kept`. A search can go on where slope or curvature are lost in rounding."""
+    kept = trust(measured)
+    lost = (kept == Kept.NO_SLOPE) | (jnp.abs(measured.quadratic.curvature) < measured.floor)
+    return jnp.where(lost & (kept != Kept.NON_FINITE), Kept.UNRESOLVED, kept)
+
+
 def _next_scale(rates: jax.Array, found: jax.Array, kept: jax.Array) -> jax.Array:
     """Where to probe in the next round, at most a hundred times away."""
     scale = jnp.where(kept == Kept.NO, jnp.abs(found), rates)
@@ -100,7 +107,7 @@ def suggest(
     @jax.jit
     def one_round(rates: jax.Array) -> tuple[Measurement, jax.Array, jax.Array]:
         measured = curvature.estimate(loss, params, direction, groups, rates)
-        return measured, *vertices(measured.quadratic, trust(measured))
+        return measured, *vertices(measured.quadratic, _trust(measured))
 
     measured, found, kept = one_round(rates)
     for _ in range(rounds - 1):

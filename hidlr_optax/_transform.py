@@ -18,8 +18,7 @@ from hidlr_optax._checks import (
     check_slope,
     usable_value,
 )
-from hidlr_optax._groups import Groups, label_names
-from hidlr_optax._paths import leaf_paths
+from hidlr_optax._groups import Groups
 from hidlr_optax._quadratic import (
     Diagonal,
     Kept,
@@ -72,12 +71,9 @@ def initial_rates(initial: Any, names: tuple[str, ...]) -> dict[str, jax.Array]:
     return {name: jnp.array(initial[name], jnp.float32) for name in names}
 
 
-def _group_names(param_labels: Any, params: Any) -> tuple[str, ...]:
-    # optax.tree.map_params initialises with a stand-in for params that has no leaves to match; all
-    # that it needs is the structure of the state, and labels given as a tree are enough for that.
-    if type(params).__name__ == "_ParamsPlaceholder" and not callable(param_labels):
-        return label_names(list(leaf_paths(param_labels)))
-    return Groups.of(param_labels, params).names
+def _is_stand_in(params: Any) -> bool:
+    """Whether this is optax.tree.map_params, which initialises with an object without leaves."""
+    return type(params).__name__ == "_ParamsPlaceholder"
 
 
 def _initial_state(names: tuple[str, ...], init_learning_rate: Any) -> HiDLRState:
@@ -207,7 +203,11 @@ def hidlr(
     check_arguments(loss_fn, init_learning_rate, update_interval, curvature, slope, solver)
 
     def init_fn(params: Any) -> HiDLRState:
-        return _initial_state(_group_names(param_labels, params), init_learning_rate)
+        if _is_stand_in(params):
+            # No field of the state is like params: a prefix of it says as much.
+            fields: dict[str, Any] = {field: jnp.zeros(()) for field in HiDLRState._fields}
+            return HiDLRState(**fields)
+        return _initial_state(Groups.of(param_labels, params).names, init_learning_rate)
 
     def update_fn(
         updates: Any,

@@ -125,7 +125,7 @@ class Probes:
         if value is None:
             value, losses, points, offsets = losses[0], losses[1:], points[1:], offsets[1:]
         changes = losses - value.astype(losses.dtype)
-        scaled = self._fit(points, changes.astype(jnp.float32), slope, rates)
+        scaled = self._fit(points, changes, slope, rates)
         rounding = _RESOLUTION * float(eps) * self._largest(losses, value, len(groups))
         return Measurement(
             quadratic=scaled.scaled(1 / rates),
@@ -139,11 +139,14 @@ class Probes:
         self, points: jax.Array, changes: jax.Array, slope: jax.Array | None, rates: jax.Array
     ) -> Quadratic:
         """The quadratic in units of the current rates."""
-        known = None if slope is None else slope * rates
+        dtype = changes.dtype
+        known = None if slope is None else slope.astype(dtype) * rates.astype(dtype)
         if self.design == "gaussian":
-            return fit_joint(points, changes, known)
-        axis = jnp.asarray(self._axis_points())
-        return fit_axes(axis, changes.reshape(-1, self.per_group), known)
+            fitted = fit_joint(points.astype(dtype), changes, known)
+        else:
+            axis = jnp.asarray(self._axis_points(), dtype)
+            fitted = fit_axes(axis, changes.reshape(-1, self.per_group), known)
+        return Quadratic(*(coefficient.astype(jnp.float32) for coefficient in fitted))
 
     def _largest(self, at_probes: jax.Array, value: jax.Array, num_groups: int) -> jax.Array:
         """The largest magnitude that each group's fit had to do with: (K,)."""

@@ -12,6 +12,11 @@ def _is_state(node: Any) -> bool:
     return isinstance(node, HiDLRState)
 
 
+def _array(leaf: Any) -> jax.Array:
+    """The array of a leaf that nnx.Optimizer may have wrapped in a Variable."""
+    return jax.tree.leaves(leaf)[0]
+
+
 def find_state(opt_state: Any) -> HiDLRState:
     """The one `HiDLRState` in an optimizer state, at any depth.
 
@@ -62,4 +67,4 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
         "kept": state.kept,
     }
     flat = {f"{field}/{name}": x for field, group in fields.items() for name, x in group.items()}
-    return jax.tree.map(jnp.copy, flat | {"refreshes": state.refreshes})
+    return {key: jnp.copy(_array(x)) for key, x in (flat | {"refreshes": state.refreshes}).items()}

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from hidlr_optax._paths import leaf_paths, path_components, shown
+from hidlr_optax._paths import leaf_paths, shown
 
 # Component patterns, tried in this order; the first that matches any component of a path decides.
 # LoRA comes first because adapters sit inside heads and norms, `norm` before `embed` because
@@ -28,7 +28,8 @@ _ROLES = {
 
 
 def _map_paths(label: Callable[[tuple[str, ...]], str], params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: label(path_components(path)), params)
+    labels = [label(path) for path, _ in leaf_paths(params)]
+    return jax.tree.unflatten(jax.tree.structure(params), labels)
 
 
 def label_by_path(params: Any, rules: Sequence[tuple[str, str]], default: str | None = None) -> Any:
