@@ -18,6 +18,8 @@ import hidlr_optax as hd
 from hidlr_optax._groups import Groups
 from hidlr_optax._paths import leaf_paths
 
+as_pure = nnx.as_pure if hasattr(nnx, "as_pure") else nnx.pure  # its name before Flax 0.12
+
 
 class Pair(NamedTuple):
     kernel: Any
@@ -188,7 +190,7 @@ NNX_ROLES = {
 def test_label_by_role_on_nnx_state_and_its_pure_arrays_alike():
     """nnx.Optimizer hands Variables to init and bare arrays to update."""
     state = nnx.state(NnxNet(), nnx.Param)
-    pure = nnx.as_pure(state)
+    pure = as_pure(state)
     for params in (state, pure):
         roles = labelled(hd.label_by_role(params))
         lora = {path: roles.pop(path) for path in list(roles) if "lora" in path}
@@ -205,7 +207,7 @@ def test_nnx_labels_stay_with_their_leaves_when_the_tree_is_made_pure():
     state = nnx.state(NnxNet(), nnx.Param)
     labels = hd.label_by_path(state, [("layers/0/.*", "first"), ("head/.*", "head")], "rest")
     by_path = dict(zip(paths_of(state), map(str, jax.tree.leaves(labels)), strict=True))
-    pure = nnx.as_pure(state)
+    pure = as_pure(state)
     groups = Groups.of(labels, pure)
     assert {
         p: groups.names[k] for p, k in zip(paths_of(pure), groups.index, strict=True)
