@@ -18,7 +18,9 @@ import hidlr_optax as hd
 from hidlr_optax._groups import Groups
 from hidlr_optax._paths import leaf_paths
 
-as_pure = nnx.as_pure if hasattr(nnx, "as_pure") else nnx.pure  # its name before Flax 0.12
+# Flax 0.11 had another name for the one, and no need of the other.
+as_pure = nnx.as_pure if hasattr(nnx, "as_pure") else nnx.pure
+nnx_list = nnx.List if hasattr(nnx, "List") else list
 
 
 class Pair(NamedTuple):
@@ -168,7 +170,7 @@ def test_label_by_role_on_flax_linen(container):
 class NnxNet(nnx.Module):
     def __init__(self):
         rngs = nnx.Rngs(0)
-        self.layers = nnx.List([nnx.Linear(2, 2, rngs=rngs) for _ in range(2)])
+        self.layers = nnx_list([nnx.Linear(2, 2, rngs=rngs) for _ in range(2)])
         self.norm = nnx.BatchNorm(2, rngs=rngs)
         self.head = nnx.LoRALinear(2, 1, lora_rank=1, rngs=rngs)
         self.value = nnx.Param(jnp.zeros(5))
