@@ -799,13 +799,13 @@ def test_fields_of_the_state_are_not_mistaken_for_those_of_others():
     assert optax.tree.get(state, "learning_rate") == 0.5
 
 
-# What is refused, before anything is computed.
-
-
 def test_a_group_named_like_a_field_does_not_hide_it():
     tx = hd.hidlr(_parabolas, {"w": "slope", "v": "kept", "b": "count"})
     state = tx.init(_PARAMS)
     assert set(hd.metrics(state)) >= {"learning_rate/slope", "learning_rate/kept"}
+
+
+# What is refused, before anything is computed.
 
 
 _NO_HEAD = {"w": "body", "v": "head"}
