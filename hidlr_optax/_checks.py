@@ -1,5 +1,7 @@
 """Errors at the door: what came, what was expected, and how to mend it."""
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -9,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from hidlr_optax._groups import OUTSIDE, Groups, wide
+from hidlr_optax._paths import leaf_paths
 from hidlr_optax._quadratic import Diagonal
 from hidlr_optax.curvature import Probes
 
@@ -30,6 +33,7 @@ def check_arguments(
     loss_fn: Any,
     init_learning_rate: Any,
     update_interval: Any,
+    schedule: Any,
     curvature: Any,
     slope: Any,
     solver: Any,
@@ -39,6 +43,8 @@ def check_arguments(
             f"loss_fn must be a callable (params, batch) -> scalar, or None where update is given "
             f"value_fn, got {type(loss_fn).__name__}"
         )
+    if schedule is not None and not callable(schedule):
+        raise ValueError(f"schedule must be a callable step -> factor, or None, got {schedule!r}")
     if isinstance(init_learning_rate, Mapping):
         for name, rate in init_learning_rate.items():
             _check_rate(rate, f"init_learning_rate[{name!r}]")
@@ -68,11 +74,22 @@ def check_like(tree: Any, params: Any, name: str) -> None:
             f"{name} must have the structure of params, {expected}; got {got}. If hidlr is wrapped "
             f"in a transformation that changes the tree: {OUTSIDE}"
         )
+    for (path, leaf), param in zip(leaf_paths(tree), jax.tree.leaves(params), strict=True):
+        if np.shape(leaf) != np.shape(param):
+            raise ValueError(
+                f"{name} must have the shapes of params: {np.shape(param)} at {'/'.join(path)!r}, "
+                f"got {np.shape(leaf)}"
+            )
 
 
-def bind_loss(loss_fn: LossFn | None, value_fn: ValueFn | None, batch: Any) -> ValueFn:
+def bind_loss(
+    loss_fn: LossFn | None, value_fn: Callable[..., Any] | None, batch: Any, extra_args: Any
+) -> ValueFn:
     if value_fn is not None:
-        return value_fn
+        # As Optax's line searches do: keywords that its signature names are handed on.
+        named = inspect.signature(value_fn).parameters
+        kwargs = {key: x for key, x in ({"batch": batch} | extra_args).items() if key in named}
+        return functools.partial(value_fn, **kwargs) if kwargs else value_fn
     if loss_fn is None:
         raise ValueError(
             "hidlr has no loss to probe: build it with loss_fn(params, batch) and pass batch=... "

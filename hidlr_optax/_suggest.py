@@ -95,12 +95,12 @@ def suggest(
       >>> {name: round(rate, 4) for name, rate in found.learning_rates.items()}
       {'x': 1.0, 'y': 0.01}
     """
-    check_arguments(loss_fn, init_learning_rate, 1, curvature, "probes", diagonal())
+    check_arguments(loss_fn, init_learning_rate, 1, None, curvature, "probes", diagonal())
     if rounds < 1:
         raise ValueError(f"rounds must be 1 or more, got {rounds}")
     groups = Groups.of(param_labels, params)
     check_like(direction, params, "direction")
-    loss = bind_loss(loss_fn, None, batch)
+    loss = bind_loss(loss_fn, None, batch, {})
     check_scalar(loss, groups, params, direction, no_batch=batch is None)
     rates = groups.pack(initial_rates(init_learning_rate, groups.names))
 

@@ -1,6 +1,6 @@
 """The Optax transformation: estimate -> average -> minimise -> scale."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,6 @@ import optax
 from hidlr_optax._checks import (
     LossFn,
     Slope,
-    ValueFn,
     bind_loss,
     check_arguments,
     check_like,
@@ -101,10 +100,9 @@ def trust(measured: Measurement) -> jax.Array:
     """
     slope, curvature = measured.quadratic
     finite = jnp.isfinite(slope) & jnp.isfinite(curvature)
-    all_finite = jnp.all(finite) & jnp.all(jnp.isfinite(measured.changes))
     kept = jnp.where(slope == 0, Kept.NO_SLOPE, Kept.UNRESOLVED)
     kept = jnp.where(measured.resolved, Kept.NO, kept)
-    return jnp.where(all_finite, kept, jnp.where(finite, Kept.OTHER_GROUP, Kept.NON_FINITE))
+    return jnp.where(jnp.all(finite), kept, jnp.where(finite, Kept.OTHER_GROUP, Kept.NON_FINITE))
 
 
 def _refresh(
@@ -136,6 +134,19 @@ def _refresh(
     )
 
 
+def _refresh_if(
+    due: jax.Array, refreshed: Callable[[], HiDLRState], state: HiDLRState
+) -> HiDLRState:
+    try:
+        return jax.lax.cond(due, refreshed, lambda: state)
+    except TypeError as error:
+        error.add_note(
+            "If this is inside shard_map: the loss differs from device to device, and each would "
+            "come to its own learning rates. Use jax.lax.pmean on the loss, value and grad."
+        )
+        raise
+
+
 def hidlr(
     loss_fn: LossFn | None,
     param_labels: Any,
@@ -158,14 +169,16 @@ def hidlr(
     transformation takes:
 
     * `batch`: handed to `loss_fn`.
-    * `value_fn`: params -> scalar, takes the place of `loss_fn` and `batch`.
+    * `value_fn`: params -> scalar, takes the place of `loss_fn` and `batch`. Keywords of `update`
+      that its signature names are handed on to it, as Optax's line searches do.
     * `value`: the probed loss at `params`, of this `batch` and no other; spares one evaluation.
     * `grad`: the raw gradient of that loss, before any preconditioning; gives the slope.
     * `refresh`: a bool, False to leave the rates alone at this call. See `multi_steps`.
 
     Other keywords are ignored. Jit the training step: un-jitted, every call compiles the probes
     anew. Under `vmap`, both branches of the refresh are evaluated at every step. Under `pmap` or
-    `shard_map`, `pmean` the loss, `value` and `grad`, or replicas will disagree on their rates.
+    `shard_map`, `pmean` the loss, `value` and `grad`: `shard_map` refuses what differs from device
+    to device, but `pmap` and `check_vma=False` let replicas drift apart.
 
     Args:
       loss_fn: (params, batch) -> scalar; None if `update` is always given `value_fn`. It has to be
@@ -200,7 +213,9 @@ def hidlr(
       >>> sorted(optax.tree.get(state, "group_learning_rates"))
       ['bias', 'weight']
     """
-    check_arguments(loss_fn, init_learning_rate, update_interval, curvature, slope, solver)
+    check_arguments(
+        loss_fn, init_learning_rate, update_interval, schedule, curvature, slope, solver
+    )
 
     def init_fn(params: Any) -> HiDLRState:
         if _is_stand_in(params):
@@ -217,11 +232,10 @@ def hidlr(
         batch: Any = None,
         value: Any = None,
         grad: Any = None,
-        value_fn: ValueFn | None = None,
+        value_fn: Callable[..., Any] | None = None,
         refresh: Any = True,
-        **unused: Any,
+        **extra_args: Any,
     ) -> tuple[Any, HiDLRState]:
-        del unused
         if params is None:
             raise ValueError(
                 "hidlr probes the loss around params: call update(updates, state, params, ...)"
@@ -229,7 +243,7 @@ def hidlr(
         groups = Groups.of(param_labels, params)
         check_like(updates, params, "updates")
         check_slope(slope, curvature, grad, params)
-        loss = bind_loss(loss_fn, value_fn, batch)
+        loss = bind_loss(loss_fn, value_fn, batch, extra_args)
         no_batch = batch is None and value_fn is None
         check_scalar(loss, groups, params, updates, no_batch)
         value = usable_value(value, params)
@@ -244,7 +258,7 @@ def hidlr(
 
         interval = jnp.asarray(update_interval).astype(jnp.int32)
         due = (state.count % interval == 0) & jnp.asarray(refresh)
-        state = jax.lax.cond(due, refreshed, lambda: state)
+        state = _refresh_if(due, refreshed, state)
         factor = jnp.asarray(1.0 if schedule is None else schedule(state.count), jnp.float32)
         rates = groups.pack(state.group_learning_rates) * factor
         count = optax.safe_increment(state.count)

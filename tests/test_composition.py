@@ -620,7 +620,7 @@ def test_shard_map_with_pmean_in_the_loss_equals_one_device():
 
 
 def test_shard_map_without_pmean_is_an_error_and_replicas_do_not_drift_apart():
-    with pytest.raises((TypeError, ValueError), match=r"manual axis types|unexpected JAX type"):
+    with pytest.raises((TypeError, ValueError), match="pmean on the loss"):
         _shard_mapped(_network)
 
 
@@ -857,6 +857,7 @@ def test_initial_rates_must_name_every_group_and_no_other(rates, message):
         ({"update_interval": 0}, "update_interval must be a whole number >= 1, got 0"),
         ({"update_interval": -3}, "update_interval must be .* got -3"),
         ({"update_interval": 2.5}, "update_interval must be .* got 2.5"),
+        ({"schedule": 0.5}, "schedule must be a callable step -> factor, or None, got 0.5"),
         ({"slope": "guess"}, "slope must be .* got 'guess'"),
         ({"slope": "probes", "curvature": hd.probes(per_group=1)}, "needs per_group >= 2, got 1"),
         ({"curvature": "axis"}, "curvature must be an estimator .* got 'axis'"),
@@ -906,6 +907,10 @@ _REFUSED = {
     "grad of another structure": _Refused(
         "grad must have the structure of params", {"grad": _NO_HEAD}
     ),
+    "grad of another shape": _Refused(
+        r"grad must have the shapes of params: \(4,\) at 'v', got \(4, 1\)",
+        {"grad": _PARAMS | {"v": jnp.ones((4, 1))}},
+    ),
     "value not scalar": _Refused("value must be the scalar loss", {"value": jnp.ones(2)}),
     "slope without grad": _Refused(
         "slope='gradient' needs the raw gradient", _NO_GRAD, {"slope": "gradient"}
@@ -947,6 +952,20 @@ def test_value_fn_wins_over_loss_fn_and_leaves_the_batch_alone():
     tx = _hidlr(never)
     state = tx.init(_PARAMS)
     result = tx.update(_downhill(), state, _PARAMS, value_fn=value_fn, batch=object())
+    expected = _hidlr().update(_downhill(), state, _PARAMS, batch=_BATCH)
+    _assert_all_close(result, expected, rtol=1e-4)
+
+
+def test_value_fn_is_handed_the_keywords_that_it_names():
+    def value_fn(params, batch, weight):
+        return weight * _parabolas(params, batch)
+
+    tx = _hidlr(None)
+    state = tx.init(_PARAMS)
+    weight = jnp.array(1.0)
+    result = tx.update(
+        _downhill(), state, _PARAMS, value_fn=value_fn, batch=_BATCH, weight=weight, other=None
+    )
     expected = _hidlr().update(_downhill(), state, _PARAMS, batch=_BATCH)
     _assert_all_close(result, expected, rtol=1e-4)
 
