@@ -2,8 +2,8 @@
 
 Compares `optax.chain(optax.adamw(1.0), hidlr(...))`, groups head / bias / rest, with AdamW at
 constant and at cosine-decayed rates, over three seeds. Prints a table and draws one figure. hidlr
-runs three times: probing the batch that the gradient came from, probing the next batch, and that
-with a linear decay on top.
+takes its slopes in three ways: from the batch that made the step, from the next batch, and lagged
+by one step, the last one also with a linear decay on top.
 
     python examples/quickstart.py
 """
@@ -168,7 +168,8 @@ def methods(steps: int) -> dict[str, Method]:
     found = {
         "hidlr, same batch": Method(with_hidlr()),
         "hidlr, next batch": Method(with_hidlr(), fresh_batch=True),
-        "hidlr, next batch, linear": Method(with_hidlr(schedule=linear), fresh_batch=True),
+        "hidlr, lagged": Method(with_hidlr(slope="lagged")),
+        "hidlr, lagged, linear": Method(with_hidlr(slope="lagged", schedule=linear)),
     }
     for rate in (1e-3, 3e-3, 1e-2):
         cosine = optax.cosine_decay_schedule(rate, steps)
@@ -217,7 +218,7 @@ def draw(runs: dict[str, list[Run]], path: Path) -> None:
         )
     losses.set(xlabel="step", ylabel="training loss (mean of 10 steps and 3 seeds)", yscale="log")
     losses.legend(fontsize="small")
-    shown = "hidlr, next batch"
+    shown = "hidlr, lagged"
     history = runs[shown][0].history
     for key in (key for key in history[0] if key.startswith("learning_rate/")):
         values = [row[key] for row in history]

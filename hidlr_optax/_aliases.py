@@ -81,6 +81,7 @@ def hiulr(
     curvature: Probes = probes(),
     slope: Slope | None = None,
     solver: Diagonal = diagonal(),
+    lagged_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """One rate for all parameters: Hi-ULR of the paper, which is GeN (arXiv 2407.02772).
 
@@ -94,8 +95,9 @@ def hiulr(
       update_interval: Φ.
       schedule: step -> factor.
       curvature: the estimator.
-      slope: "gradient", "probes" or None.
+      slope: "gradient", "lagged", "probes" or None.
       solver: from `diagonal`.
+      lagged_dtype: the dtype of the direction that "lagged" stores.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `HiDLRState`.
@@ -117,6 +119,7 @@ def hiulr(
         curvature=curvature,
         slope=slope,
         solver=solver,
+        lagged_dtype=lagged_dtype,
     )
 
 

@@ -17,7 +17,7 @@ from hidlr_optax.curvature import Probes
 
 LossFn = Callable[[Any, Any], jax.Array]
 ValueFn = Callable[[Any], jax.Array]
-Slope = Literal["gradient", "probes"]
+Slope = Literal["gradient", "lagged", "probes"]
 
 
 def _is_concrete(value: Any) -> bool:
@@ -58,8 +58,8 @@ def check_arguments(
         raise ValueError(f"curvature must be an estimator such as probes(), got {curvature!r}")
     if not isinstance(solver, Diagonal):
         raise ValueError(f"solver must be a solver such as diagonal(), got {solver!r}")
-    if slope not in (None, "gradient", "probes"):
-        raise ValueError(f"slope must be 'gradient', 'probes' or None, got {slope!r}")
+    if slope not in (None, "gradient", "lagged", "probes"):
+        raise ValueError(f"slope must be 'gradient', 'lagged', 'probes' or None, got {slope!r}")
     if slope == "probes" and not curvature.fits_slope:
         raise ValueError(
             f"slope='probes' fits two unknowns per group and needs per_group >= 2, got "
@@ -101,9 +101,9 @@ def bind_loss(
 def check_slope(slope: Slope | None, estimator: Probes, grad: Any, params: Any) -> None:
     if grad is not None:
         check_like(grad, params, "grad")
-    elif slope == "gradient":
+    elif slope in ("gradient", "lagged"):
         raise ValueError(
-            "slope='gradient' needs the raw gradient of the loss: pass grad=... to update, before "
+            f"slope={slope!r} needs the raw gradient of the loss: pass grad=... to update, before "
             "any clipping or preconditioning"
         )
     elif not estimator.fits_slope:

@@ -43,6 +43,7 @@ class HiDLRState(NamedTuple):
         positive; zero before.
       measurements: () int32 each, how many refreshes the averages hold.
       kept: () int32 each, a `Kept`: why the last refresh kept the group's rate, 0 if it did not.
+      direction: u of the last update, like params, for `slope="lagged"`; () for other slopes.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -54,6 +55,7 @@ class HiDLRState(NamedTuple):
     influence: dict[str, jax.Array]
     measurements: dict[str, jax.Array]
     kept: dict[str, jax.Array]
+    direction: Any
 
 
 def initial_rates(initial: Any, names: tuple[str, ...]) -> dict[str, jax.Array]:
@@ -75,7 +77,7 @@ def _is_stand_in(params: Any) -> bool:
     return type(params).__name__ == "_ParamsPlaceholder"
 
 
-def _initial_state(names: tuple[str, ...], init_learning_rate: Any) -> HiDLRState:
+def _initial_state(names: tuple[str, ...], init_learning_rate: Any, direction: Any) -> HiDLRState:
     def zeros(dtype: Any) -> dict[str, jax.Array]:
         return {name: jnp.zeros((), dtype) for name in names}
 
@@ -89,6 +91,7 @@ def _initial_state(names: tuple[str, ...], init_learning_rate: Any) -> HiDLRStat
         influence=zeros(jnp.float32),
         measurements=zeros(jnp.int32),
         kept=zeros(jnp.int32),
+        direction=direction,
     )
 
 
@@ -147,6 +150,25 @@ def _refresh_if(
         raise
 
 
+def _previous(state: HiDLRState, updates: Any) -> Any:
+    """The direction of the step that led to params; the coming one at the first update."""
+    return jax.tree.map(
+        lambda old, new: jnp.where(state.count == 0, new, old.astype(new.dtype)),
+        state.direction,
+        updates,
+    )
+
+
+def _at_start(measured: Measurement, travelled: jax.Array) -> Measurement:
+    """Moves the slope from the end of a step to its start, b_k + a_k η_k, η the rates it took.
+
+    So the slope at the start belongs to a batch that the direction has not seen, and where the
+    measured slope at the end is zero, the minimum lies at the rates taken, whatever the curvature.
+    """
+    slope, curvature = measured.quadratic
+    return measured._replace(quadratic=Quadratic(slope + curvature * travelled, curvature))
+
+
 def hidlr(
     loss_fn: LossFn | None,
     param_labels: Any,
@@ -157,6 +179,7 @@ def hidlr(
     curvature: Probes = probes(),
     slope: Slope | None = None,
     solver: Diagonal = diagonal(),
+    lagged_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Hessian-informed differential learning rates: one rate per group of parameters.
 
@@ -187,11 +210,18 @@ def hidlr(
       init_learning_rate: η before the first refresh; the scale of its probes. One for all groups,
         or `{label: rate}`.
       update_interval: Φ, steps from refresh to refresh.
-      schedule: step -> factor, multiplies all rates.
+      schedule: step -> factor, multiplies all rates. "lagged" has to know it: put no other scaling
+        after `hidlr` then.
       curvature: the estimator, from `probes`.
-      slope: where b comes from. "gradient": b_k = −⟨∇L_k, u_k⟩, exact and free. "probes": fitted
-        together with the curvature. None: "gradient" at calls with `grad`, "probes" at others.
+      slope: where b comes from. "gradient": b_k = −⟨∇L_k, u_k⟩, exact and free, but on the batch
+        that made u_k: on mini-batches it is too steep, and rates rise without end. "lagged": slope
+        and curvature along the previous direction, at its end, with the present gradient, whose
+        batch that direction has not seen; b_k = −⟨∇L_k, u_k⟩ + a_k η_k moves the slope back to the
+        start. "probes": fitted together with the curvature, on whatever `batch` is passed.
+        None: "gradient" at calls with `grad`, "probes" at others.
       solver: from `diagonal`.
+      lagged_dtype: the dtype in which "lagged" stores the direction, such as bfloat16; None: its
+        own.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `HiDLRState`.
@@ -218,11 +248,14 @@ def hidlr(
     )
 
     def init_fn(params: Any) -> HiDLRState:
+        direction = optax.tree.zeros_like(params, lagged_dtype) if slope == "lagged" else ()
         if _is_stand_in(params):
-            # No field of the state is like params: a prefix of it says as much.
+            # Which fields are like params is all that is asked for: a prefix of the state says it.
             fields: dict[str, Any] = {field: jnp.zeros(()) for field in HiDLRState._fields}
+            fields["direction"] = params if slope == "lagged" else ()
             return HiDLRState(**fields)
-        return _initial_state(Groups.of(param_labels, params).names, init_learning_rate)
+        groups = Groups.of(param_labels, params)
+        return _initial_state(groups.names, init_learning_rate, direction)
 
     def update_fn(
         updates: Any,
@@ -249,11 +282,15 @@ def hidlr(
         value = usable_value(value, params)
 
         def refreshed() -> HiDLRState:
-            known = None if grad is None or slope == "probes" else -groups.inner(grad, updates)
             rates = groups.pack(state.group_learning_rates)
+            along = _previous(state, updates) if slope == "lagged" else updates
+            known = None if grad is None or slope == "probes" else -groups.inner(grad, along)
             measured = curvature.estimate(
-                loss, params, updates, groups, rates, slope=known, value=value, step=state.count
+                loss, params, along, groups, rates, slope=known, value=value, step=state.count
             )
+            if slope == "lagged":
+                travelled = jnp.where(state.count == 0, 0.0, rates * state.schedule_factor)
+                measured = _at_start(measured, travelled)
             return _refresh(state, measured, groups, solver)
 
         interval = jnp.asarray(update_interval).astype(jnp.int32)
@@ -261,7 +298,9 @@ def hidlr(
         state = _refresh_if(due, refreshed, state)
         factor = jnp.asarray(1.0 if schedule is None else schedule(state.count), jnp.float32)
         rates = groups.pack(state.group_learning_rates) * factor
-        count = optax.safe_increment(state.count)
-        return groups.scale(updates, rates), state._replace(count=count, schedule_factor=factor)
+        direction = optax.tree.cast(updates, lagged_dtype) if slope == "lagged" else ()
+        return groups.scale(updates, rates), state._replace(
+            count=optax.safe_increment(state.count), schedule_factor=factor, direction=direction
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
