@@ -202,12 +202,12 @@ def table(runs: dict[str, list[Run]]) -> str:
 
 def draw(runs: dict[str, list[Run]], path: Path) -> None:
     """Losses of all methods, smoothed, beside the learning rates of one run of hidlr."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4), layout="constrained")
     losses, rates = figure.subplots(1, 2)
     window = np.ones(10) / 10
     for name, of_seeds in runs.items():
         mean = np.mean([[row["loss"] for row in run.history] for run in of_seeds], axis=0)
-        width = 2.0 if "hidlr" in name else 1.0
+        width = 2.0 if "lagged" in name else 1.0
         dashes = "-" if "hidlr" in name else "--" if "cosine" in name else ":"
         losses.plot(
             np.arange(9, len(mean)),
@@ -217,7 +217,7 @@ def draw(runs: dict[str, list[Run]], path: Path) -> None:
             ls=dashes,
         )
     losses.set(xlabel="step", ylabel="training loss (mean of 10 steps and 3 seeds)", yscale="log")
-    losses.legend(fontsize="small")
+    figure.legend(loc="outside left upper", fontsize="small")
     shown = "hidlr, lagged"
     history = runs[shown][0].history
     for key in (key for key in history[0] if key.startswith("learning_rate/")):

@@ -25,6 +25,10 @@ def _is_concrete(value: Any) -> bool:
 
 
 def _check_rate(rate: Any, where: str) -> None:
+    if callable(rate):
+        raise ValueError(
+            f"{where} must be a number, got a callable: a schedule goes into schedule=..."
+        )
     if _is_concrete(rate) and not (np.isfinite(float(rate)) and float(rate) > 0):
         raise ValueError(f"{where} must be finite and > 0, got {rate}")
 
@@ -128,7 +132,8 @@ def check_scalar(
                 "batch=..., or value_fn=..."
             ) from error
         error.add_note(
-            "hidlr was tracing the loss it is to probe, with parameters in float32 or wider. If it "
+            "hidlr was tracing the loss it is to probe, loss_fn(params, batch) or "
+            "value_fn(params), with parameters in float32 or wider. If it "
             f"is wrapped in a transformation that changes the tree: {OUTSIDE}"
         )
         raise

@@ -30,20 +30,21 @@ class Quadratic(NamedTuple):
 
 
 class Kept(enum.IntEnum):
-    """Why a refresh left a group's learning rate as it was."""
+    """Why a refresh left a group's learning rate as it was.
+
+    NO (0): it did not, the rate is new. NON_FINITE (1): a loss, gradient or update was NaN or
+    infinite. UNRESOLVED (2): the group's probes change the loss by less than its floating-point
+    type resolves. NOT_CONVEX (3): the curvature is negative or zero, so the quadratic has no
+    minimum. NO_SLOPE (4): the group's gradient or update is zero, and nothing asks for a rate.
+    OTHER_GROUP (5): another group's fit failed, and all rates are kept or none.
+    """
 
     NO = 0
-    """It did not: the rate is new."""
     NON_FINITE = 1
-    """A loss, a gradient or an update was NaN or infinite."""
     UNRESOLVED = 2
-    """The group's probes change the loss by less than its floating-point type resolves."""
     NOT_CONVEX = 3
-    """The curvature is negative or zero, so the quadratic has no minimum."""
     NO_SLOPE = 4
-    """The slope is exactly zero: the group's gradient or update is, and nothing asks for a rate."""
     OTHER_GROUP = 5
-    """Another group's fit failed, and the solver keeps all rates or none (Algorithm 1)."""
 
 
 def fit_joint(points: jax.Array, changes: jax.Array, slope: jax.Array | None = None) -> Quadratic:

@@ -26,6 +26,9 @@ class Suggestion(NamedTuple):
       quadratic: slope and curvature, (K,) each, in learning rates of one.
       offsets: (n, K), the learning rates of the last round's probes.
       changes: (n,), loss at the offsets minus loss at the parameters.
+      joint_change: the change of the loss when all groups move at once, each at its own rate. Each
+        rate is best while the other groups stand still; where groups pull the same way, together
+        they go too far, and this is positive.
     """
 
     labels: tuple[str, ...]
@@ -34,6 +37,7 @@ class Suggestion(NamedTuple):
     quadratic: Quadratic
     offsets: jax.Array
     changes: jax.Array
+    joint_change: float
 
 
 def _trust(measured: Measurement) -> jax.Array:
@@ -81,7 +85,8 @@ def suggest(
       rounds: how often to probe. Each costs 4K + 1 evaluations of the loss.
 
     Returns:
-      A `Suggestion`; `plot.fit` draws it.
+      A `Suggestion`; `plot.fit` draws it. Look at its `joint_change` before using all rates
+      together.
 
     Raises:
       ValueError: as in `hidlr`, or `rounds` < 1.
@@ -114,6 +119,7 @@ def suggest(
         rates = _next_scale(rates, found, kept)
         measured, found, kept = one_round(rates)
     rates = jnp.where(kept == Kept.NO, found, rates)
+    joint = jax.jit(lambda offset: loss(groups.step(params, direction, offset)))
     return Suggestion(
         labels=groups.names,
         learning_rates=dict(zip(groups.names, map(float, rates), strict=True)),
@@ -121,4 +127,5 @@ def suggest(
         quadratic=measured.quadratic,
         offsets=measured.offsets,
         changes=measured.changes,
+        joint_change=float(joint(rates)) - float(joint(jnp.zeros_like(rates))),
     )

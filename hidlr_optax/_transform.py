@@ -183,10 +183,11 @@ def hidlr(
 ) -> optax.GradientTransformationExtraArgs:
     """Hessian-informed differential learning rates: one rate per group of parameters.
 
-    Takes the incoming updates as the direction u, at unit learning rate, and multiplies group k by
-    η_k. Every `update_interval` steps, the first included, it models the loss along the group
-    steps, L(w + Σ η_k u_k) − L(w) ≈ −bᵀη + ½ Σ a_k η_k² (arXiv 2501.06954, eq. 3.1), and moves the
-    rates to its minimum. For Algorithm 1 of the paper to the letter, see `paper_hidlr`.
+    Takes the incoming updates as the direction u and multiplies group k by η_k. They have to be
+    descending and at rate one, as those of `optax.adamw(1.0)` are. Every `update_interval` steps,
+    the first included, it models the loss along the group steps, L(w + Σ η_k u_k) − L(w) ≈ −bᵀη +
+    ½ Σ a_k η_k² (arXiv 2501.06954, eq. 3.1), and moves the rates to its minimum. For Algorithm 1 of
+    the paper to the letter, see `paper_hidlr`.
 
     `update(updates, state, params, *, batch, value, grad, value_fn)` takes, beside what every
     transformation takes:
@@ -217,8 +218,9 @@ def hidlr(
         that made u_k: on mini-batches it is too steep, and rates rise without end. "lagged": slope
         and curvature along the previous direction, at its end, with the present gradient, whose
         batch that direction has not seen; b_k = −⟨∇L_k, u_k⟩ + a_k η_k moves the slope back to the
-        start. "probes": fitted together with the curvature, on whatever `batch` is passed.
-        None: "gradient" at calls with `grad`, "probes" at others.
+        start; at the first call, where nothing is previous, it is "gradient". "probes": fitted
+        together with the curvature, on whatever `batch` is passed. None: "gradient" at calls with
+        `grad`, "probes" at others; for full batches.
       solver: from `diagonal`.
       lagged_dtype: the dtype in which "lagged" stores the direction, such as bfloat16; None: its
         own.
@@ -235,7 +237,8 @@ def hidlr(
       >>> def loss_fn(params, batch):
       ...     return jnp.sum((batch @ params["w"] + params["b"] - 1.0) ** 2)
       >>> params = {"w": jnp.zeros(2), "b": jnp.zeros(())}
-      >>> tx = optax.chain(optax.sgd(1.0), hd.hidlr(loss_fn, {"w": "weight", "b": "bias"}))
+      >>> labels = {"w": "weight", "b": "bias"}
+      >>> tx = optax.chain(optax.sgd(1.0), hd.hidlr(loss_fn, labels, slope="lagged"))
       >>> state = tx.init(params)
       >>> batch = jnp.ones((4, 2))
       >>> value, grad = jax.value_and_grad(loss_fn)(params, batch)

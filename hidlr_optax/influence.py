@@ -42,7 +42,8 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
         `inject_hyperparams`, `nnx.Optimizer.opt_state`, ….
 
     Returns:
-      For each label: `learning_rate/…` (as applied at the last update, schedule included),
+      For each label: `learning_rate/…` (as applied at the last update, schedule included; without
+      it, `optax.tree.get(opt_state, "group_learning_rates")`),
       `slope/…` (b, loss per unit learning rate), `curvature/…` (a, loss per unit learning rate
       squared), `influence/…` (PPI, loss per parameter) and `kept/…` (a `Kept`: 0 where the last
       refresh set a new rate, else the reason why not). Beside them `refreshes`.

@@ -60,8 +60,9 @@ def learning_rates(history: Iterable[Mapping[str, Any]]) -> Figure:
     axes = figure.subplots(1, panels, squeeze=False)
     _draw_rates(axes[0, -1], steps, rows)
     if with_loss:
-        axes[0, 0].plot(steps, [float(row["loss"]) for row in rows], color="black", linewidth=1)
-        axes[0, 0].set(xlabel="step", ylabel="loss")
+        losses = np.array([float(row["loss"]) for row in rows])
+        axes[0, 0].plot(steps, losses, color="black", linewidth=1)
+        axes[0, 0].set(xlabel="step", ylabel="loss", yscale="log" if min(losses) > 0 else "linear")
     return figure
 
 
@@ -78,7 +79,7 @@ def _draw_parabola(axes: Axes, suggestion: Suggestion, k: int) -> None:
     title = label
     if kept == Kept.NO:
         axes.axvline(rate, color="tab:red", linestyle=":", label="minimiser")
-        title += f": {rate:.3g}"
+        title += f": η = {rate:.3g}"
     else:
         title += f": none ({kept.name.lower().replace('_', ' ')})"
     axes.set(title=title, xlabel="learning rate")
@@ -100,7 +101,7 @@ def fit(suggestion: Suggestion) -> Figure:
       >>> params, direction = {"x": jnp.asarray(3.0)}, {"x": jnp.asarray(-3.0)}
       >>> found = hd.suggest(lambda p, batch: p["x"] ** 2 / 2, params, "all", direction)
       >>> [axes.get_title() for axes in hidlr_optax.plot.fit(found).axes]
-      ['all: 1']
+      ['all: η = 1']
     """
     count = len(suggestion.labels)
     columns = min(count, 4)

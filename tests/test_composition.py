@@ -857,6 +857,7 @@ def test_initial_rates_must_name_every_group_and_no_other(rates, message):
         ({"update_interval": 0}, "update_interval must be a whole number >= 1, got 0"),
         ({"update_interval": -3}, "update_interval must be .* got -3"),
         ({"update_interval": 2.5}, "update_interval must be .* got 2.5"),
+        ({"init_learning_rate": optax.constant_schedule(1.0)}, "schedule goes into schedule="),
         ({"schedule": 0.5}, "schedule must be a callable step -> factor, or None, got 0.5"),
         ({"slope": "guess"}, "slope must be .* got 'guess'"),
         ({"slope": "probes", "curvature": hd.probes(per_group=1)}, "needs per_group >= 2, got 1"),

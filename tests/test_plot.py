@@ -55,5 +55,5 @@ def test_fit_draws_probes_parabola_and_minimiser_of_each_group():
     assert len(probes.get_xdata()) == 5
     grid = parabola.get_xdata()
     np.testing.assert_allclose(parabola.get_ydata(), -grid + grid**2 / 2, rtol=1e-3, atol=1e-5)
-    assert y.get_title() == "y: 0.01"
+    assert y.get_title() == "y: η = 0.01"
     assert z.get_title() == "z: none (not convex)"

@@ -60,6 +60,22 @@ def test_suggest_gives_slope_and_curvature_per_unit_rate_and_what_it_probed():
     assert isinstance(found.learning_rates["bias"], float)
 
 
+def test_suggest_says_what_all_rates_together_do():
+    params = bowl_params()
+    apart = hd.suggest(bowl, params, LABELS, descent(bowl, params))
+    assert apart.joint_change == pytest.approx(-float(bowl(params, None)), rel=1e-4)
+
+    def same_way(params, batch):
+        """Both groups move the same sum: each rate alone is right, together they overshoot."""
+        del batch
+        return (params["x"] + params["y"] + params["z"] - 1.0) ** 2
+
+    origin = {name: jnp.asarray(0.0) for name in "xyz"}
+    labels = {name: name for name in "xyz"}
+    together = hd.suggest(same_way, origin, labels, descent(same_way, origin))
+    assert together.joint_change == pytest.approx(4.0 - 1.0, rel=1e-3)
+
+
 def test_suggest_refines_round_by_round_where_the_loss_is_no_quadratic():
     """A parabola through far probes misses the minimum; one at its scale is closer."""
 
