@@ -3,7 +3,7 @@
 Compares `optax.chain(optax.adamw(1.0), hidlr(...))`, groups head / bias / rest, with AdamW at
 constant and at cosine-decayed rates, over three seeds. Prints a table and draws one figure. hidlr
 takes its slopes in three ways: from the batch that made the step, from the next batch, and lagged
-by one step, the last one also with a linear decay on top.
+by one step; the last one also with the solver that holds groups together, and with a linear decay.
 
     python examples/quickstart.py
 """
@@ -169,6 +169,7 @@ def methods(steps: int) -> dict[str, Method]:
         "hidlr, same batch": Method(with_hidlr()),
         "hidlr, next batch": Method(with_hidlr(), fresh_batch=True),
         "hidlr, lagged": Method(with_hidlr(slope="lagged")),
+        "hidlr, lagged, coupled": Method(with_hidlr(slope="lagged", solver=hd.coupled())),
         "hidlr, lagged, linear": Method(with_hidlr(slope="lagged", schedule=linear)),
     }
     for rate in (1e-3, 3e-3, 1e-2):

@@ -1,10 +1,11 @@
 """Hessian-informed differential learning rates for Optax (Hi-DLR, arXiv 2501.06954)."""
 
 from hidlr_optax._aliases import hiulr, multi_steps, paper_hidlr
-from hidlr_optax._quadratic import Kept, Quadratic, diagonal
+from hidlr_optax._quadratic import Kept, Quadratic
+from hidlr_optax._solvers import coupled, diagonal
 from hidlr_optax._suggest import Suggestion, suggest
 from hidlr_optax._transform import HiDLRState, hidlr
-from hidlr_optax.curvature import probes
+from hidlr_optax.curvature import gauss_newton, hessian, probes
 from hidlr_optax.influence import metrics
 from hidlr_optax.labels import label_by_depth, label_by_path, label_by_role
 
@@ -15,7 +16,10 @@ __all__ = [
     "Kept",
     "Quadratic",
     "Suggestion",
+    "coupled",
     "diagonal",
+    "gauss_newton",
+    "hessian",
     "hidlr",
     "hiulr",
     "label_by_depth",

@@ -6,9 +6,9 @@ from typing import Any
 import optax
 
 from hidlr_optax._checks import LossFn, Slope
-from hidlr_optax._quadratic import Diagonal, diagonal
+from hidlr_optax._solvers import Solver, diagonal
 from hidlr_optax._transform import hidlr
-from hidlr_optax.curvature import Probes, probes
+from hidlr_optax.curvature import Estimator, probes
 
 
 def paper_hidlr(
@@ -78,9 +78,9 @@ def hiulr(
     init_learning_rate: float = 1e-3,
     update_interval: int = 10,
     schedule: optax.Schedule | None = None,
-    curvature: Probes = probes(),
+    curvature: Estimator = probes(),
     slope: Slope | None = None,
-    solver: Diagonal = diagonal(),
+    solver: Solver = diagonal(),
     lagged_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """One rate for all parameters: Hi-ULR of the paper, which is GeN (arXiv 2407.02772).

@@ -12,8 +12,8 @@ from jax.core import Tracer
 
 from hidlr_optax._groups import OUTSIDE, Groups, wide
 from hidlr_optax._paths import leaf_paths
-from hidlr_optax._quadratic import Diagonal
-from hidlr_optax.curvature import Probes
+from hidlr_optax._solvers import Solver
+from hidlr_optax.curvature import Estimator, Probes
 
 LossFn = Callable[[Any, Any], jax.Array]
 ValueFn = Callable[[Any], jax.Array]
@@ -58,13 +58,13 @@ def check_arguments(
         update_interval < 1 or update_interval != int(update_interval)
     ):
         raise ValueError(f"update_interval must be a whole number >= 1, got {update_interval}")
-    if not isinstance(curvature, Probes):
+    if not isinstance(curvature, Estimator):
         raise ValueError(f"curvature must be an estimator such as probes(), got {curvature!r}")
-    if not isinstance(solver, Diagonal):
-        raise ValueError(f"solver must be a solver such as diagonal(), got {solver!r}")
+    if not isinstance(solver, Solver):
+        raise ValueError(f"solver must be a solver such as coupled() or diagonal(), got {solver!r}")
     if slope not in (None, "gradient", "lagged", "probes"):
         raise ValueError(f"slope must be 'gradient', 'lagged', 'probes' or None, got {slope!r}")
-    if slope == "probes" and not curvature.fits_slope:
+    if slope == "probes" and isinstance(curvature, Probes) and not curvature.fits_slope:
         raise ValueError(
             f"slope='probes' fits two unknowns per group and needs per_group >= 2, got "
             f"{curvature.per_group}; with slope='gradient' one probe per group is enough"
@@ -102,7 +102,7 @@ def bind_loss(
     return lambda params: loss_fn(params, batch)
 
 
-def check_slope(slope: Slope | None, estimator: Probes, grad: Any, params: Any) -> None:
+def check_slope(slope: Slope | None, estimator: Estimator, grad: Any, params: Any) -> None:
     if grad is not None:
         check_like(grad, params, "grad")
     elif slope in ("gradient", "lagged"):
@@ -110,7 +110,7 @@ def check_slope(slope: Slope | None, estimator: Probes, grad: Any, params: Any) 
             f"slope={slope!r} needs the raw gradient of the loss: pass grad=... to update, before "
             "any clipping or preconditioning"
         )
-    elif not estimator.fits_slope:
+    elif isinstance(estimator, Probes) and not estimator.fits_slope:
         raise ValueError(
             f"per_group={estimator.per_group} is too few to fit the slope as well: pass grad=... "
             "to update, or use per_group >= 2"

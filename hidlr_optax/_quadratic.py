@@ -1,12 +1,10 @@
-"""The quadratic model of the loss in the learning rates: fit, average, minimise.
+"""The quadratic model of the loss in the learning rates: fit and average.
 
-q(η) = −bᵀη + ½ Σ_k a_k η_k² models L(w + Σ_k η_k u_k) − L(w): paper eq. 3.1, the diagonal form of
-eq. 2.3. Arrays only: no pytrees of parameters and no losses live here.
+q(η) = −bᵀη + ½ ηᵀAη models L(w + Σ_k η_k u_k) − L(w): paper eq. 2.3, or with the diagonal of A
+alone, eq. 3.1. Arrays only: no pytrees of parameters and no losses live here.
 """
 
-import dataclasses
 import enum
-import math
 from typing import NamedTuple
 
 import jax
@@ -14,19 +12,29 @@ import jax.numpy as jnp
 
 
 class Quadratic(NamedTuple):
-    """The coefficients of q(η) = −bᵀη + ½ Σ_k a_k η_k².
+    """The coefficients of q(η) = −bᵀη + ½ ηᵀAη.
 
     Attributes:
       slope: b, (K,), loss per unit learning rate; positive where the group's step descends.
-      curvature: a, (K,), loss per unit learning rate squared.
+      curvature: a, (K,), the diagonal of A, loss per unit learning rate squared.
+      coupling: A without its diagonal, (K, K), where it is known; None where it is not.
     """
 
     slope: jax.Array
     curvature: jax.Array
+    coupling: jax.Array | None = None
 
     def scaled(self, units: jax.Array) -> "Quadratic":
-        """The same quadratic in rates measured in `units`, (K,): b_k·units_k and a_k·units_k²."""
-        return Quadratic(self.slope * units, self.curvature * units**2)
+        """The same quadratic in rates measured in `units` e, (K,): b_k e_k and A_kl e_k e_l."""
+        coupling = self.coupling
+        if coupling is not None:
+            coupling = coupling * units[:, None] * units
+        return Quadratic(self.slope * units, self.curvature * units**2, coupling)
+
+    def slope_at(self, rates: jax.Array) -> jax.Array:
+        """Slope left after a step with `rates` η, (K,): b − Aη."""
+        coupled = 0.0 if self.coupling is None else self.coupling @ rates
+        return self.slope - self.curvature * rates - coupled
 
 
 class Kept(enum.IntEnum):
@@ -112,48 +120,6 @@ def average(mean: jax.Array, new: jax.Array, decay: float, measurements: jax.Arr
     return jnp.where(measurements == 1, new, mean + weight * (new - mean))
 
 
-def vertices(quadratic: Quadratic, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The minimum b_k/a_k of each group's own parabola, and for which groups there is none.
-
-    Args:
-      quadratic: slope and curvature.
-      kept: (K,) of `Kept`, the groups already known not to be trusted.
-
-    Returns:
-      (K,) rates, finite and not zero where (K,) `Kept` is NO; meaningless elsewhere.
-    """
-    slope, curvature = quadratic
-    kept = jnp.where((kept == Kept.NO) & (slope == 0), Kept.NO_SLOPE, kept)
-    kept = jnp.where((kept == Kept.NO) & ~(curvature > 0), Kept.NOT_CONVEX, kept)
-    best = slope / jnp.where(kept == Kept.NO, curvature, 1)
-    # A quotient that overflows or underflows is no rate.
-    usable = jnp.isfinite(best) & (best != 0)
-    return best, jnp.where((kept == Kept.NO) & ~usable, Kept.NON_FINITE, kept)
-
-
-def minimise_diagonal(
-    quadratic: Quadratic, rates: jax.Array, kept: jax.Array, max_change: float | None
-) -> tuple[jax.Array, jax.Array]:
-    """η_k = b_k/a_k, group by group, where the quadratic can be trusted; the old rate elsewhere.
-
-    Args:
-      quadratic: in rates of one.
-      rates: η, (K,), the current rates.
-      kept: (K,) int32 of `Kept`, the groups already known not to be trusted.
-      max_change: the largest factor between old and new rate, and each group stands for itself.
-        None: no bound, and one group that cannot be trusted keeps all rates, as in Algorithm 1.
-
-    Returns:
-      The new rates and, for each group, why its rate was kept.
-    """
-    best, kept = vertices(quadratic, kept)
-    if max_change is None:
-        kept = jnp.where((kept == Kept.NO) & jnp.any(kept != Kept.NO), Kept.OTHER_GROUP, kept)
-    else:
-        best = jnp.clip(best, rates / max_change, rates * max_change)
-    return jnp.where(kept == Kept.NO, best, rates), kept.astype(jnp.int32)
-
-
 def influence(quadratic: Quadratic, sizes: jax.Array) -> jax.Array:
     """PPI_k = b_k²/(a_k d_k), loss per parameter (paper eq. 5.1). Meaningful where a_k > 0.
 
@@ -163,70 +129,5 @@ def influence(quadratic: Quadratic, sizes: jax.Array) -> jax.Array:
       quadratic: in any units: b²/a does not depend on them.
       sizes: d, (K,), the number of parameters of each group.
     """
-    slope, curvature = quadratic
+    slope, curvature = quadratic.slope, quadratic.curvature
     return slope * (slope / curvature) / sizes
-
-
-@dataclasses.dataclass(frozen=True)
-class Diagonal:
-    """The solver made by `diagonal`.
-
-    Attributes:
-      averaging: decay of the averages of slope and curvature.
-      max_change: the largest factor between old and new rate, or None.
-    """
-
-    averaging: float
-    max_change: float | None
-
-    def solve(
-        self, quadratic: Quadratic, rates: jax.Array, kept: jax.Array, floor: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """The new rates and, for each group, a `Kept`: why its rate is the old one.
-
-        Where the slope is known but the curvature is lost in the rounding of the loss, the parabola
-        is flat as far as can be seen, and a bounded change towards its minimum, which lies further
-        out than seen, is safe. Without a bound it is not, and the fit is taken as it is.
-
-        Args:
-          quadratic: in learning rates of one.
-          rates: η, (K,), the current rates.
-          kept: (K,) of `Kept`, the groups already known not to be trusted.
-          floor: (K,), the smallest curvature that could have been told from none.
-        """
-        if self.max_change is not None:
-            flat = jnp.abs(quadratic.curvature) < floor
-            seen = jnp.minimum(floor, jnp.abs(quadratic.slope) / rates)  # b/seen ≥ the rate
-            quadratic = quadratic._replace(curvature=jnp.where(flat, seen, quadratic.curvature))
-        return minimise_diagonal(quadratic, rates, kept, self.max_change)
-
-
-def diagonal(averaging: float = 0.9, max_change: float | None = 2.0) -> Diagonal:
-    """Each group's rate from its own parabola: η_k = b_k/a_k (paper eq. 3.2).
-
-    Slope and curvature are averaged over refreshes before they are divided; averaging their
-    quotients, the rates, is far noisier.
-
-    Args:
-      averaging: decay β of the moving averages, in [0, 1). 0: the newest refresh alone.
-      max_change: the largest factor by which one refresh may change a rate, > 1. Groups without a
-        positive curvature keep their rate, the others move. None: no bound, and all rates are kept
-        unless every curvature is positive, as in the paper's Algorithm 1. Without a bound, a group
-        whose step ascends (b_k < 0) is given the negative rate that the algorithm asks for.
-
-    Returns:
-      A solver, for `hidlr(..., solver=...)`.
-
-    Raises:
-      ValueError: an argument lies outside its range.
-
-    Example:
-      >>> import hidlr_optax as hd
-      >>> hd.diagonal(averaging=0.0, max_change=None)
-      Diagonal(averaging=0.0, max_change=None)
-    """
-    if not 0 <= averaging < 1:
-        raise ValueError(f"averaging must lie in [0, 1), got {averaging}; 0 is no averaging")
-    if max_change is not None and not (1 < max_change < math.inf):
-        raise ValueError(f"max_change must be finite and > 1, or None, got {max_change}")
-    return Diagonal(averaging, max_change)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from hidlr_optax._checks import bind_loss, check_arguments, check_like, check_scalar
 from hidlr_optax._groups import Groups
-from hidlr_optax._quadratic import Kept, Quadratic, diagonal, vertices
+from hidlr_optax._quadratic import Kept, Quadratic
+from hidlr_optax._solvers import diagonal, vertices
 from hidlr_optax._transform import initial_rates, trust
 from hidlr_optax.curvature import Measurement, Probes, probes
 

@@ -18,15 +18,9 @@ from hidlr_optax._checks import (
     usable_value,
 )
 from hidlr_optax._groups import Groups
-from hidlr_optax._quadratic import (
-    Diagonal,
-    Kept,
-    Quadratic,
-    average,
-    diagonal,
-    influence,
-)
-from hidlr_optax.curvature import Measurement, Probes, probes
+from hidlr_optax._quadratic import Kept, Quadratic, average, influence
+from hidlr_optax._solvers import Solver, diagonal
+from hidlr_optax.curvature import Estimator, Measurement, probes
 
 
 class HiDLRState(NamedTuple):
@@ -41,6 +35,8 @@ class HiDLRState(NamedTuple):
       curvature: a, () float32 each, loss per unit learning rate squared, averaged.
       influence: PPI, () float32 each, loss per parameter, of the last refresh whose curvature was
         positive; zero before.
+      coupling: the curvature between groups, (K, K) float32 in the order of the sorted labels, zero
+        on its diagonal, averaged; None where the estimator does not measure it.
       measurements: () int32 each, how many refreshes the averages hold.
       kept: () int32 each, a `Kept`: why the last refresh kept the group's rate, 0 if it did not.
       direction: u of the last update, like params, for `slope="lagged"`; () for other slopes.
@@ -53,6 +49,7 @@ class HiDLRState(NamedTuple):
     slope: dict[str, jax.Array]
     curvature: dict[str, jax.Array]
     influence: dict[str, jax.Array]
+    coupling: Any
     measurements: dict[str, jax.Array]
     kept: dict[str, jax.Array]
     direction: Any
@@ -77,7 +74,9 @@ def _is_stand_in(params: Any) -> bool:
     return type(params).__name__ == "_ParamsPlaceholder"
 
 
-def _initial_state(names: tuple[str, ...], init_learning_rate: Any, direction: Any) -> HiDLRState:
+def _initial_state(
+    names: tuple[str, ...], init_learning_rate: Any, couples: bool, direction: Any
+) -> HiDLRState:
     def zeros(dtype: Any) -> dict[str, jax.Array]:
         return {name: jnp.zeros((), dtype) for name in names}
 
@@ -89,6 +88,7 @@ def _initial_state(names: tuple[str, ...], init_learning_rate: Any, direction: A
         slope=zeros(jnp.float32),
         curvature=zeros(jnp.float32),
         influence=zeros(jnp.float32),
+        coupling=jnp.zeros((len(names), len(names)), jnp.float32) if couples else None,
         measurements=zeros(jnp.int32),
         kept=zeros(jnp.int32),
         direction=direction,
@@ -101,15 +101,17 @@ def trust(measured: Measurement) -> jax.Array:
     One loss that is not finite keeps every group: it says that some probe left the region in which
     the model means anything, and which one is not known to the others.
     """
-    slope, curvature = measured.quadratic
+    slope, curvature, coupling = measured.quadratic
     finite = jnp.isfinite(slope) & jnp.isfinite(curvature)
+    if coupling is not None:
+        finite &= jnp.all(jnp.isfinite(coupling), axis=1)
     kept = jnp.where(slope == 0, Kept.NO_SLOPE, Kept.UNRESOLVED)
     kept = jnp.where(measured.resolved, Kept.NO, kept)
     return jnp.where(jnp.all(finite), kept, jnp.where(finite, Kept.OTHER_GROUP, Kept.NON_FINITE))
 
 
 def _refresh(
-    state: HiDLRState, measured: Measurement, groups: Groups, solver: Diagonal
+    state: HiDLRState, measured: Measurement, groups: Groups, solver: Solver
 ) -> HiDLRState:
     """Averages what was measured into the state and solves for the rates."""
     kept = trust(measured)
@@ -117,9 +119,12 @@ def _refresh(
     measurements = groups.pack(state.measurements) + usable.astype(jnp.int32)
 
     def averaged(mean: jax.Array, new: jax.Array) -> jax.Array:
-        return jnp.where(usable, average(mean, new, solver.averaging, measurements), mean)
+        use, counts = usable, measurements
+        if new.ndim == 2:  # a pair of groups counts where both do
+            use, counts = use[:, None] & use, jnp.minimum(counts[:, None], counts)
+        return jnp.where(use, average(mean, new, solver.averaging, counts), mean)
 
-    means = Quadratic(groups.pack(state.slope), groups.pack(state.curvature))
+    means = Quadratic(groups.pack(state.slope), groups.pack(state.curvature), state.coupling)
     quadratic = jax.tree.map(averaged, means, measured.quadratic)
     rates = groups.pack(state.group_learning_rates)
     rates, kept = solver.solve(quadratic, rates, kept, measured.floor)
@@ -132,6 +137,7 @@ def _refresh(
         slope=groups.unpack(quadratic.slope),
         curvature=groups.unpack(quadratic.curvature),
         influence=groups.unpack(ppi),
+        coupling=quadratic.coupling,
         measurements=groups.unpack(measurements),
         kept=groups.unpack(kept),
     )
@@ -160,13 +166,13 @@ def _previous(state: HiDLRState, updates: Any) -> Any:
 
 
 def _at_start(measured: Measurement, travelled: jax.Array) -> Measurement:
-    """Moves the slope from the end of a step to its start, b_k + a_k η_k, η the rates it took.
+    """Moves the slope from the end of a step to its start, b + Aη, η the rates it took.
 
     So the slope at the start belongs to a batch that the direction has not seen, and where the
     measured slope at the end is zero, the minimum lies at the rates taken, whatever the curvature.
     """
-    slope, curvature = measured.quadratic
-    return measured._replace(quadratic=Quadratic(slope + curvature * travelled, curvature))
+    quadratic = measured.quadratic
+    return measured._replace(quadratic=quadratic._replace(slope=quadratic.slope_at(-travelled)))
 
 
 def hidlr(
@@ -176,9 +182,9 @@ def hidlr(
     init_learning_rate: float | Mapping[str, float] = 1e-3,
     update_interval: int = 10,
     schedule: optax.Schedule | None = None,
-    curvature: Probes = probes(),
+    curvature: Estimator = probes(),
     slope: Slope | None = None,
-    solver: Diagonal = diagonal(),
+    solver: Solver = diagonal(),
     lagged_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Hessian-informed differential learning rates: one rate per group of parameters.
@@ -213,7 +219,7 @@ def hidlr(
       update_interval: Φ, steps from refresh to refresh.
       schedule: step -> factor, multiplies all rates. "lagged" has to know it: put no other scaling
         after `hidlr` then.
-      curvature: the estimator, from `probes`.
+      curvature: the estimator, from `probes`, `hessian` or `gauss_newton`.
       slope: where b comes from. "gradient": b_k = −⟨∇L_k, u_k⟩, exact and free, but on the batch
         that made u_k: on mini-batches it is too steep, and rates rise without end. "lagged": slope
         and curvature along the previous direction, at its end, with the present gradient, whose
@@ -221,7 +227,7 @@ def hidlr(
         start; at the first call, where nothing is previous, it is "gradient". "probes": fitted
         together with the curvature, on whatever `batch` is passed. None: "gradient" at calls with
         `grad`, "probes" at others; for full batches.
-      solver: from `diagonal`.
+      solver: from `diagonal` or `coupled`.
       lagged_dtype: the dtype in which "lagged" stores the direction, such as bfloat16; None: its
         own.
 
@@ -255,10 +261,12 @@ def hidlr(
         if _is_stand_in(params):
             # Which fields are like params is all that is asked for: a prefix of the state says it.
             fields: dict[str, Any] = {field: jnp.zeros(()) for field in HiDLRState._fields}
+            if not curvature.couples:
+                fields["coupling"] = None
             fields["direction"] = params if slope == "lagged" else ()
             return HiDLRState(**fields)
         groups = Groups.of(param_labels, params)
-        return _initial_state(groups.names, init_learning_rate, direction)
+        return _initial_state(groups.names, init_learning_rate, curvature.couples, direction)
 
     def update_fn(
         updates: Any,
@@ -289,7 +297,15 @@ def hidlr(
             along = _previous(state, updates) if slope == "lagged" else updates
             known = None if grad is None or slope == "probes" else -groups.inner(grad, along)
             measured = curvature.estimate(
-                loss, params, along, groups, rates, slope=known, value=value, step=state.count
+                loss,
+                params,
+                along,
+                groups,
+                rates,
+                slope=known,
+                value=value,
+                batch=batch,
+                step=state.count,
             )
             if slope == "lagged":
                 travelled = jnp.where(state.count == 0, 0.0, rates * state.schedule_factor)

@@ -70,7 +70,8 @@ def _draw_parabola(axes: Axes, suggestion: Suggestion, k: int) -> None:
     label = suggestion.labels[k]
     offsets, changes = np.asarray(suggestion.offsets), np.asarray(suggestion.changes)
     own = (offsets[:, k] != 0) & (np.count_nonzero(offsets, axis=1) == 1)
-    slope, curvature = (float(np.asarray(c)[k]) for c in suggestion.quadratic)
+    slope = float(suggestion.quadratic.slope[k])
+    curvature = float(suggestion.quadratic.curvature[k])
     rate, kept = suggestion.learning_rates[label], suggestion.kept[label]
     ends = [0.0, *offsets[own, k], *([rate] if kept == Kept.NO else [])]
     grid = np.linspace(min(ends), max(ends), 200)

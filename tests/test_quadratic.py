@@ -11,16 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import hidlr_optax as hd
-from hidlr_optax._quadratic import (
-    Kept,
-    Quadratic,
-    average,
-    fit_axes,
-    fit_joint,
-    influence,
-    minimise_diagonal,
-    vertices,
-)
+from hidlr_optax._quadratic import Kept, Quadratic, average, fit_axes, fit_joint, influence
+from hidlr_optax._solvers import minimise_diagonal, vertices
 
 AXIS_POINTS = [1.0, -1.0, 2.0, -2.0, 3.0, -3.0]
 

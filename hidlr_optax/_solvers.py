@@ -1,0 +1,268 @@
+"""From a quadratic to learning rates: one parabola at a time, or all groups together in a box.
+
+Arrays only. A solver is a frozen value with `averaging` and a method `solve(quadratic, rates, kept,
+floor) -> (rates, kept)`.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from hidlr_optax._quadratic import Kept, Quadratic
+
+
+def vertices(quadratic: Quadratic, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The minimum b_k/a_k of each group's own parabola, and for which groups there is none.
+
+    Args:
+      quadratic: slope and curvature.
+      kept: (K,) of `Kept`, the groups already known not to be trusted.
+
+    Returns:
+      (K,) rates, finite and not zero where (K,) `Kept` is NO; meaningless elsewhere.
+    """
+    slope, curvature = quadratic.slope, quadratic.curvature
+    kept = jnp.where((kept == Kept.NO) & (slope == 0), Kept.NO_SLOPE, kept)
+    kept = jnp.where((kept == Kept.NO) & ~(curvature > 0), Kept.NOT_CONVEX, kept)
+    best = slope / jnp.where(kept == Kept.NO, curvature, 1)
+    # A quotient that overflows or underflows is no rate.
+    usable = jnp.isfinite(best) & (best != 0)
+    return best, jnp.where((kept == Kept.NO) & ~usable, Kept.NON_FINITE, kept)
+
+
+def minimise_diagonal(
+    quadratic: Quadratic, rates: jax.Array, kept: jax.Array, max_change: float | None
+) -> tuple[jax.Array, jax.Array]:
+    """η_k = b_k/a_k, group by group, where the quadratic can be trusted; the old rate elsewhere.
+
+    Args:
+      quadratic: in rates of one.
+      rates: η, (K,), the current rates.
+      kept: (K,) int32 of `Kept`, the groups already known not to be trusted.
+      max_change: the largest factor between old and new rate, and each group stands for itself.
+        None: no bound, and one group that cannot be trusted keeps all rates, as in Algorithm 1.
+
+    Returns:
+      The new rates and, for each group, why its rate was kept.
+    """
+    best, kept = vertices(quadratic, kept)
+    if max_change is None:
+        kept = jnp.where((kept == Kept.NO) & jnp.any(kept != Kept.NO), Kept.OTHER_GROUP, kept)
+    else:
+        best = jnp.clip(best, rates / max_change, rates * max_change)
+    return jnp.where(kept == Kept.NO, best, rates), kept.astype(jnp.int32)
+
+
+def _positive(coupling: jax.Array | None, diagonal: jax.Array) -> jax.Array:
+    """The nearest positive semi-definite A with this diagonal, (K,) > 0, in correlations.
+
+    Eigenvalues of the correlation matrix are clipped at zero and its diagonal is set to one again.
+    """
+    scale = jnp.sqrt(diagonal)
+    if coupling is None:
+        return jnp.diag(diagonal)
+    correlation = coupling / scale[:, None] / scale + jnp.eye(len(diagonal), dtype=diagonal.dtype)
+    values, vectors = jnp.linalg.eigh(correlation)
+    correlation = (vectors * jnp.maximum(values, 0)) @ vectors.T
+    norm = jnp.sqrt(jnp.maximum(jnp.diagonal(correlation), jnp.finfo(diagonal.dtype).tiny))
+    return correlation / norm[:, None] / norm * scale[:, None] * scale
+
+
+def minimise_in_box(
+    slope: jax.Array, curvature: jax.Array, lower: jax.Array, upper: jax.Array, iterations: int = 20
+) -> jax.Array:
+    """Minimises −bᵀx + ½ xᵀAx over lower ≤ x ≤ upper by projected Newton steps (Bertsekas 1982).
+
+    Coordinates that a bound holds are taken out, the rest is solved by Cholesky and projected; of a
+    few step lengths, and a gradient step that always descends, the best is taken. One iteration is
+    O(K³); the active set settles in a handful.
+
+    Args:
+      slope: b, (K,).
+      curvature: A, (K, K), positive definite, best with entries of order one.
+      lower: (K,).
+      upper: (K,).
+      iterations: how many.
+    """
+    lengths = 0.5 ** jnp.arange(8.0, dtype=slope.dtype)
+    diagonal = jnp.diagonal(curvature)
+    bound = jnp.sum(jnp.abs(curvature), axis=1)  # Gershgorin: the gradient step descends
+
+    def value(x: jax.Array) -> jax.Array:
+        return x @ (curvature @ x) / 2 - slope @ x
+
+    def iterate(x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        gradient = curvature @ x - slope
+        held = ((x <= lower) & (gradient > 0)) | ((x >= upper) & (gradient < 0))
+        free = ~held
+        reduced = jnp.where(free[:, None] & free, curvature, jnp.diag(diagonal))
+        factor = jax.scipy.linalg.cho_factor(reduced)
+        newton = jax.scipy.linalg.cho_solve(factor, jnp.where(free, gradient, 0))
+        steps = jnp.concatenate([lengths[:, None] * newton, (gradient / bound)[None]])
+        trials = jnp.concatenate([jnp.clip(x - steps, lower, upper), x[None]])
+        values = jax.vmap(value)(trials)
+        return trials[jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))], None
+
+    start = jnp.clip(slope / diagonal, lower, upper)
+    return jax.lax.scan(iterate, start, length=iterations)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagonal:
+    """The solver made by `diagonal`.
+
+    Attributes:
+      averaging: decay of the averages of slope and curvature.
+      max_change: the largest factor between old and new rate, or None.
+    """
+
+    averaging: float
+    max_change: float | None
+
+    def solve(
+        self, quadratic: Quadratic, rates: jax.Array, kept: jax.Array, floor: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The new rates and, for each group, a `Kept`: why its rate is the old one.
+
+        Where the slope is known but the curvature is lost in the rounding of the loss, the parabola
+        is flat as far as can be seen, and a bounded change towards its minimum, which lies further
+        out than seen, is safe. Without a bound it is not, and the fit is taken as it is.
+
+        Args:
+          quadratic: in learning rates of one.
+          rates: η, (K,), the current rates.
+          kept: (K,) of `Kept`, the groups already known not to be trusted.
+          floor: (K,), the smallest curvature that could have been told from none.
+        """
+        if self.max_change is not None:
+            flat = jnp.abs(quadratic.curvature) < floor
+            seen = jnp.minimum(floor, jnp.abs(quadratic.slope) / rates)  # b/seen ≥ the rate
+            quadratic = quadratic._replace(curvature=jnp.where(flat, seen, quadratic.curvature))
+        return minimise_diagonal(quadratic, rates, kept, self.max_change)
+
+
+@dataclasses.dataclass(frozen=True)
+class Coupled:
+    """The solver made by `coupled`.
+
+    Attributes:
+      shrinkage: weight of the uniform rate.
+      averaging: decay of the averages of slope and curvature.
+      max_change: the largest factor between old and new rate.
+    """
+
+    shrinkage: float
+    averaging: float
+    max_change: float
+
+    def solve(
+        self, quadratic: Quadratic, rates: jax.Array, kept: jax.Array, floor: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The new rates and, for each group, a `Kept`: why its rate is the old one.
+
+        Args:
+          quadratic: in learning rates of one.
+          rates: η, (K,), the current rates.
+          kept: (K,) of `Kept`, the groups already known not to be trusted.
+          floor: (K,), the smallest curvature that could have been told from none.
+        """
+        kept = jnp.where((kept == Kept.NO) & (quadratic.slope == 0), Kept.NO_SLOPE, kept)
+        moving = kept == Kept.NO
+        local = quadratic.scaled(rates)  # in units of the current rates: all of order one
+        # A slope that exceeds the curvature by more than the box is wide leads to its edge anyway.
+        least = jnp.maximum(floor * rates**2, jnp.abs(local.slope) / (4 * self.max_change))
+        a = jnp.maximum(jnp.abs(local.curvature), least)
+        a = jnp.where(moving, a, 1)
+        coupling = local.coupling
+        if coupling is not None:
+            coupling = jnp.where(moving[:, None] & moving, coupling, 0)
+        b = jnp.where(moving, local.slope, 0)
+        matrix = _positive(coupling, a)
+        # Both sums in learning rates of one: the uniform rate is one rate, not one factor.
+        inverse = jnp.where(moving, 1 / rates, 0)
+        total = inverse @ matrix @ inverse
+        uniform = jnp.maximum(b @ inverse, 0) / jnp.where(total > 0, total, 1)
+        x = minimise_in_box(
+            b + self.shrinkage * a * uniform * inverse,
+            matrix + self.shrinkage * jnp.diag(a),
+            jnp.full_like(b, 1 / self.max_change),
+            jnp.full_like(b, self.max_change),
+        )
+        found = rates * x
+        usable = jnp.isfinite(found) & (found > 0)
+        kept = jnp.where(moving & ~usable, Kept.NON_FINITE, kept)
+        return jnp.where(kept == Kept.NO, found, rates), kept.astype(jnp.int32)
+
+
+def _check_averaging(averaging: float) -> None:
+    if not 0 <= averaging < 1:
+        raise ValueError(f"averaging must lie in [0, 1), got {averaging}; 0 is no averaging")
+
+
+def diagonal(averaging: float = 0.9, max_change: float | None = 2.0) -> Diagonal:
+    """Each group's rate from its own parabola: η_k = b_k/a_k (paper eq. 3.2).
+
+    Slope and curvature are averaged over refreshes before they are divided; averaging their
+    quotients, the rates, is far noisier.
+
+    Args:
+      averaging: decay β of the moving averages, in [0, 1). 0: the newest refresh alone.
+      max_change: the largest factor by which one refresh may change a rate, > 1. Groups without a
+        positive curvature keep their rate, the others move. None: no bound, and all rates are kept
+        unless every curvature is positive, as in the paper's Algorithm 1. Without a bound, a group
+        whose step ascends (b_k < 0) is given the negative rate that the algorithm asks for.
+
+    Returns:
+      A solver, for `hidlr(..., solver=...)`.
+
+    Raises:
+      ValueError: an argument lies outside its range.
+
+    Example:
+      >>> import hidlr_optax as hd
+      >>> hd.diagonal(averaging=0.0, max_change=None)
+      Diagonal(averaging=0.0, max_change=None)
+    """
+    _check_averaging(averaging)
+    if max_change is not None and not (1 < max_change < math.inf):
+        raise ValueError(f"max_change must be finite and > 1, or None, got {max_change}")
+    return Diagonal(averaging, max_change)
+
+
+def coupled(shrinkage: float = 0.3, averaging: float = 0.9, max_change: float = 2.0) -> Coupled:
+    """All rates together: the minimum of q in a box around the current rates (paper eq. 2.3).
+
+    Minimises −bᵀη + ½ ηᵀAη over [η/max_change, η·max_change], after pulling every rate towards the
+    uniform one, η_u = Σb/ΣA: b + s·diag(A)·η_u and A + s·diag(A). So a group whose own slope is
+    small or noise follows the others instead of sinking. A is made positive semi-definite first:
+    |a_k| on the diagonal, and the eigenvalues of its correlations clipped at zero. Where the
+    estimator measures the diagonal alone, A is diagonal.
+
+    Args:
+      shrinkage: s ≥ 0, the weight of the uniform rate. 0: none.
+      averaging: decay β of the moving averages of slope and curvature, in [0, 1). 0: the newest
+        refresh alone.
+      max_change: the largest factor by which one refresh may change a rate, > 1.
+
+    Returns:
+      A solver, for `hidlr(..., solver=...)`.
+
+    Raises:
+      ValueError: an argument lies outside its range.
+
+    Example:
+      >>> import hidlr_optax as hd
+      >>> hd.coupled(shrinkage=0.0)
+      Coupled(shrinkage=0.0, averaging=0.9, max_change=2.0)
+    """
+    if not 0 <= shrinkage < math.inf:
+        raise ValueError(f"shrinkage must be finite and >= 0, got {shrinkage}")
+    _check_averaging(averaging)
+    if max_change is None or not 1 < max_change < math.inf:
+        raise ValueError(f"max_change must be finite and > 1, got {max_change}")
+    return Coupled(shrinkage, averaging, max_change)
+
+
+Solver = Diagonal | Coupled
