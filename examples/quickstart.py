@@ -201,6 +201,21 @@ def table(runs: dict[str, list[Run]]) -> str:
     return "\n".join(lines)
 
 
+def final_rates(runs: dict[str, list[Run]]) -> str:
+    """The learning rates at the end of the first seed, one line per hidlr."""
+    lines = []
+    for name, (first, *_) in runs.items():
+        last = first.history[-1]
+        rates = [
+            f"{key.removeprefix('learning_rate/')} {rate:.2g}"
+            for key, rate in last.items()
+            if key.startswith("learning_rate/")
+        ]
+        if rates:
+            lines.append(f"final rates, seed 0, {name}: {', '.join(rates)}")
+    return "\n".join(lines)
+
+
 def draw(runs: dict[str, list[Run]], path: Path) -> None:
     """Losses of all methods, smoothed, beside the learning rates of one run of hidlr."""
     figure = Figure(figsize=(13, 4), layout="constrained")
@@ -241,7 +256,7 @@ def main() -> None:
         name: [train(method, data, args.steps, seed, name) for seed in range(args.seeds)]
         for name, method in methods(args.steps).items()
     }
-    print(table(runs))
+    print(table(runs), final_rates(runs), sep="\n\n")
     draw(runs, args.out)
     print(f"figure: {args.out}")
 

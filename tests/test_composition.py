@@ -620,7 +620,8 @@ def test_shard_map_with_pmean_in_the_loss_equals_one_device():
 
 
 def test_shard_map_without_pmean_is_an_error_and_replicas_do_not_drift_apart():
-    with pytest.raises((TypeError, ValueError), match="pmean on the loss"):
+    # Older versions of jax refuse before hidlr does, in value_and_grad.
+    with pytest.raises((TypeError, ValueError), match=r"pmean on the loss|argument to vjp"):
         _shard_mapped(_network)
 
 
