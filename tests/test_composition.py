@@ -15,34 +15,12 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from support import enable_x64, promoting, shard_map
 
 import hidlr_optax as hd
 
-try:
-    from jax import enable_x64, shard_map
-except ImportError:  # the oldest jax that we support
-    from jax.experimental import enable_x64
-    from jax.experimental.shard_map import shard_map
-
-
-def _promoting(mode, tx):
-    """`tx` under a promotion rule of its own: some of Optax's parts are not written strictly."""
-    if not isinstance(tx, optax.MultiSteps):  # takes keywords, but is no GradientTransformation
-        tx = optax.with_extra_args_support(tx)
-
-    def init(params):
-        with jax.numpy_dtype_promotion(mode):
-            return tx.init(params)
-
-    def update(*args, **kwargs):
-        with jax.numpy_dtype_promotion(mode):
-            return tx.update(*args, **kwargs)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-_lenient = functools.partial(_promoting, "standard")
-_strict = functools.partial(_promoting, "strict")
+_lenient = functools.partial(promoting, "standard")
+_strict = functools.partial(promoting, "strict")
 
 
 def _adam():

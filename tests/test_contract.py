@@ -15,33 +15,13 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from support import enable_x64, promoting
 
 import hidlr_optax as hd
 
-try:
-    from jax import enable_x64
-except ImportError:  # the oldest jax that we support
-    from jax.experimental import enable_x64
-
-
-def _promoting(mode, tx):
-    """`tx` under a promotion rule of its own: some of Optax's parts are not written strictly."""
-    if not isinstance(tx, optax.MultiSteps):  # takes keywords, but is no GradientTransformation
-        tx = optax.with_extra_args_support(tx)
-
-    def init(params):
-        with jax.numpy_dtype_promotion(mode):
-            return tx.init(params)
-
-    def update(*args, **kwargs):
-        with jax.numpy_dtype_promotion(mode):
-            return tx.update(*args, **kwargs)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
 
 def _adam():
-    return _promoting("standard", optax.adam(1.0))
+    return promoting("standard", optax.adam(1.0))
 
 
 _UNDER_TEST = {
@@ -290,8 +270,8 @@ def test_each_leaf_keeps_its_own_dtype():
 @_every_rule
 def test_multi_steps_emits_zeros_until_the_last_mini_step(rule):
     params = jnp.array([1.0, 2.0], jnp.bfloat16)
-    tx = optax.MultiSteps(_promoting("strict", rule(None, "all")), every_k_schedule=2)
-    tx = _promoting("standard", tx)  # MultiSteps itself multiplies floats by bools
+    tx = optax.MultiSteps(promoting("strict", rule(None, "all")), every_k_schedule=2)
+    tx = promoting("standard", tx)  # MultiSteps itself multiplies floats by bools
 
     def loss(params):
         return jnp.sum(params**2)
