@@ -292,6 +292,10 @@ def hidlr(
         check_scalar(loss, groups, params, updates, no_batch)
         value = usable_value(value, params)
 
+        # The stored direction stays out of the branches: it is replaced below at every step, and
+        # a copy as large as the parameters need not be carried through them.
+        scalars = state._replace(direction=())
+
         def refreshed() -> HiDLRState:
             rates = groups.pack(state.group_learning_rates)
             along = _previous(state, updates) if slope == "lagged" else updates
@@ -310,16 +314,16 @@ def hidlr(
             if slope == "lagged":
                 travelled = jnp.where(state.count == 0, 0.0, rates * state.schedule_factor)
                 measured = _at_start(measured, travelled)
-            return _refresh(state, measured, groups, solver)
+            return _refresh(scalars, measured, groups, solver)
 
         interval = jnp.asarray(update_interval).astype(jnp.int32)
         due = (state.count % interval == 0) & jnp.asarray(refresh)
-        state = _refresh_if(due, refreshed, state)
-        factor = jnp.asarray(1.0 if schedule is None else schedule(state.count), jnp.float32)
-        rates = groups.pack(state.group_learning_rates) * factor
+        new = _refresh_if(due, refreshed, scalars)
+        factor = jnp.asarray(1.0 if schedule is None else schedule(new.count), jnp.float32)
+        rates = groups.pack(new.group_learning_rates) * factor
         direction = optax.tree.cast(updates, lagged_dtype) if slope == "lagged" else ()
-        return groups.scale(updates, rates), state._replace(
-            count=optax.safe_increment(state.count), schedule_factor=factor, direction=direction
+        return groups.scale(updates, rates), new._replace(
+            count=optax.safe_increment(new.count), schedule_factor=factor, direction=direction
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from hidlr_optax._paths import leaf_paths, shown
+from hidlr_optax._paths import Path, leaf_paths, shown
 
 # Component patterns, tried in this order; the first that matches any component of a path decides.
 # LoRA comes first because adapters sit inside heads and norms, `norm` before `embed` because
@@ -27,7 +27,7 @@ _ROLES = {
 }
 
 
-def _map_paths(label: Callable[[tuple[str, ...]], str], params: Any) -> Any:
+def _map_paths(label: Callable[[Path], str], params: Any) -> Any:
     labels = [label(path) for path, _ in leaf_paths(params)]
     return jax.tree.unflatten(jax.tree.structure(params), labels)
 
@@ -71,7 +71,7 @@ def label_by_path(params: Any, rules: Sequence[tuple[str, str]], default: str | 
                 stacklevel=2,
             )
 
-    def first_match(path: tuple[str, ...]) -> str | None:
+    def first_match(path: Path) -> str | None:
         name = "/".join(path)
         return next((label for pattern, label in compiled if pattern.fullmatch(name)), default)
 
@@ -84,7 +84,7 @@ def label_by_path(params: Any, rules: Sequence[tuple[str, str]], default: str | 
     return _map_paths(lambda path: str(first_match(path)), params)
 
 
-def _role(path: tuple[str, ...]) -> str:
+def _role(path: Path) -> str:
     for role, pattern in _ROLES.items():
         parts = path[-1:] if role == "bias" else path
         if any(re.fullmatch(pattern, part, re.IGNORECASE) for part in parts):
@@ -114,7 +114,7 @@ def label_by_role(params: Any) -> Any:
     return _map_paths(_role, params)
 
 
-def _depth(path: tuple[str, ...]) -> int | None:
+def _depth(path: Path) -> int | None:
     for part in path:
         match = re.fullmatch(r"(?:.*_)?(\d+)", part)
         if match:
@@ -163,7 +163,7 @@ def label_by_depth(params: Any, num_groups: int | None = None) -> Any:
         name = f"depth_{first:0{digits}}" + (f"-{last:0{digits}}" if last > first else "")
         names.update(dict.fromkeys(depths[start:stop], name))
 
-    def label(path: tuple[str, ...]) -> str:
+    def label(path: Path) -> str:
         depth = _depth(path)
         if depth is not None:
             return names[depth]
