@@ -11,7 +11,7 @@ from hidlr_optax._groups import Groups
 from hidlr_optax._quadratic import Kept, Quadratic
 from hidlr_optax._solvers import diagonal, vertices
 from hidlr_optax._transform import initial_rates, trust
-from hidlr_optax.curvature import Measurement, Probes, probes
+from hidlr_optax.curvature import Estimator, Measurement, probes
 
 _ROUND_CHANGE = 100.0
 
@@ -64,7 +64,7 @@ def suggest(
     batch: Any = None,
     *,
     init_learning_rate: float | Mapping[str, float] = 1e-3,
-    curvature: Probes = probes(),
+    curvature: Estimator = probes(),
     rounds: int = 4,
 ) -> Suggestion:
     """The K learning rates that the loss asks for along one direction: lr_find, per group.
@@ -82,7 +82,7 @@ def suggest(
         SGD, the negative gradient; for others, the first updates of the optimizer at rate 1.
       batch: handed to `loss_fn`.
       init_learning_rate: the scale of the first round, one for all or `{label: rate}`.
-      curvature: the estimator.
+      curvature: the estimator. Those without probes look at derivatives alone: one round is enough.
       rounds: how often to probe. Each costs 4K + 1 evaluations of the loss.
 
     Returns:
@@ -112,7 +112,7 @@ def suggest(
 
     @jax.jit
     def one_round(rates: jax.Array) -> tuple[Measurement, jax.Array, jax.Array]:
-        measured = curvature.estimate(loss, params, direction, groups, rates)
+        measured = curvature.estimate(loss, params, direction, groups, rates, batch=batch)
         return measured, *vertices(measured.quadratic, _trust(measured))
 
     measured, found, kept = one_round(rates)

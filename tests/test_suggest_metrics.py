@@ -60,6 +60,25 @@ def test_suggest_gives_slope_and_curvature_per_unit_rate_and_what_it_probed():
     assert isinstance(found.learning_rates["bias"], float)
 
 
+@pytest.mark.parametrize(
+    "curvature",
+    [
+        hd.hessian(),
+        hd.gauss_newton(
+            lambda p, batch: p, lambda out, batch: bowl(out, batch) + 0.0 * jnp.sum(batch)
+        ),
+    ],
+    ids=["hessian", "gauss_newton"],
+)
+def test_suggest_takes_estimators_without_probes(curvature):
+    params = bowl_params()
+    found = hd.suggest(
+        bowl, params, LABELS, descent(bowl, params), jnp.ones(2), curvature=curvature, rounds=1
+    )
+    assert found.learning_rates["bias"] == pytest.approx(0.01, rel=1e-4)
+    assert found.learning_rates["weight"] == pytest.approx(1.0, rel=1e-4)
+
+
 def test_suggest_says_what_all_rates_together_do():
     params = bowl_params()
     apart = hd.suggest(bowl, params, LABELS, descent(bowl, params))
