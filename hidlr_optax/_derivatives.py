@@ -1,0 +1,186 @@
+"""Estimators that differentiate: the full K×K curvature along the group steps."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from hidlr_optax._groups import Groups
+from hidlr_optax._measurement import Measurement, check_batch_size, evaluate
+from hidlr_optax._quadratic import Quadratic
+
+
+def _products(
+    product: Callable[[jax.Array], Any], num_groups: int, batch_size: int | None
+) -> jax.Array:
+    """A linear map of each of the K unit rates, stacked along the first axis."""
+    axes = jnp.eye(num_groups, dtype=jnp.float32)
+    return evaluate(product, axes, batch_size)
+
+
+def _measurement(slope: jax.Array, matrix: jax.Array) -> Measurement:
+    """From derivatives, where nothing is lost in the rounding of a difference of losses."""
+    num_groups = len(slope)
+    matrix = ((matrix + matrix.T) / 2).astype(jnp.float32)
+    diagonal = jnp.diagonal(matrix)
+    return Measurement(
+        quadratic=Quadratic(slope.astype(jnp.float32), diagonal, matrix - jnp.diag(diagonal)),
+        resolved=jnp.ones(num_groups, bool),
+        floor=jnp.zeros(num_groups, jnp.float32),
+        offsets=jnp.zeros((0, num_groups), jnp.float32),
+        changes=jnp.zeros(0, jnp.float32),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Hessian:
+    """The estimator made by `hessian`.
+
+    Attributes:
+      batch_size: Hessian-vector products at a time, or None for all.
+    """
+
+    batch_size: int | None
+    couples: ClassVar[bool] = True
+
+    def estimate(
+        self,
+        loss: Callable[[Any], jax.Array],
+        params: Any,
+        direction: Any,
+        groups: Groups,
+        rates: jax.Array,
+        *,
+        slope: jax.Array | None = None,
+        **unused: Any,
+    ) -> Measurement:
+        """The Hessian of x ↦ L(w + Σ x_k u_k) at zero, K tangents of its gradient."""
+        del unused
+        gradient, product = jax.linearize(
+            jax.grad(lambda offset: loss(groups.step(params, direction, offset))),
+            jnp.zeros_like(rates),
+        )
+        matrix = _products(product, len(groups), self.batch_size)
+        return _measurement(-gradient if slope is None else slope, matrix)
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussNewton:
+    """The estimator made by `gauss_newton`.
+
+    Attributes:
+      model_fn: (params, batch) -> outputs.
+      output_loss: (outputs, batch) -> scalar.
+      batch_size: forward-mode products at a time, or None for all.
+    """
+
+    model_fn: Callable[[Any, Any], Any]
+    output_loss: Callable[[Any, Any], jax.Array]
+    batch_size: int | None
+    couples: ClassVar[bool] = True
+
+    def estimate(
+        self,
+        loss: Callable[[Any], jax.Array],
+        params: Any,
+        direction: Any,
+        groups: Groups,
+        rates: jax.Array,
+        *,
+        slope: jax.Array | None = None,
+        batch: Any = None,
+        **unused: Any,
+    ) -> Measurement:
+        """The Hessian of x ↦ output_loss(o + Jx), outputs linear in the rates."""
+        del loss, unused
+        outputs, product = jax.linearize(
+            lambda offset: self.model_fn(groups.step(params, direction, offset), batch),
+            jnp.zeros_like(rates),
+        )
+        tangents = _products(product, len(groups), self.batch_size)
+
+        def linearised(offset: jax.Array) -> jax.Array:
+            def moved(output: jax.Array, tangent: jax.Array) -> jax.Array:
+                return output + jnp.tensordot(offset.astype(tangent.dtype), tangent, axes=1)
+
+            return self.output_loss(jax.tree.map(moved, outputs, tangents), batch)
+
+        origin = jnp.zeros_like(rates)
+        gradient = jax.grad(linearised)(origin) if slope is None else -slope
+        return _measurement(-gradient, jax.hessian(linearised)(origin))
+
+    def check(self, loss_fn: Callable[[Any, Any], jax.Array], params: Any, batch: Any) -> None:
+        """Compares `output_loss(model_fn(params, batch), batch)` with the loss, by value.
+
+        Raises:
+          ValueError: they differ by more than one part in ten thousand.
+        """
+        expected = float(loss_fn(params, batch))
+        found = float(self.output_loss(self.model_fn(params, batch), batch))
+        if not abs(found - expected) <= 1e-4 * abs(expected):
+            raise ValueError(
+                f"output_loss(model_fn(params, batch), batch) is {found}, but the loss is "
+                f"{expected}: the curvature would be that of another function"
+            )
+
+
+def hessian(batch_size: int | None = None) -> Hessian:
+    """The exact K×K curvature along the group steps, by K Hessian-vector products.
+
+    A_kl = u_kᵀ H u_l, from `jax.linearize` of the gradient and K tangents; the slope comes with it.
+    The loss has to be twice differentiable, and the memory is that of its backward pass.
+
+    Args:
+      batch_size: how many products run at a time; None: all.
+
+    Returns:
+      An estimator, for `hidlr(..., curvature=..., solver=coupled())`. `diagonal` uses a_k alone.
+
+    Raises:
+      ValueError: `batch_size` < 1.
+
+    Example:
+      >>> import hidlr_optax as hd
+      >>> hd.hessian(batch_size=4)
+      Hessian(batch_size=4)
+    """
+    check_batch_size(batch_size)
+    return Hessian(batch_size)
+
+
+def gauss_newton(
+    model_fn: Callable[[Any, Any], Any],
+    output_loss: Callable[[Any, Any], jax.Array],
+    batch_size: int | None = None,
+) -> GaussNewton:
+    """The K×K Gauss–Newton curvature along the group steps, forward mode alone.
+
+    A = Jᵀ H_out J, with J the K forward-mode products of the model's outputs along the group steps
+    and H_out the Hessian of the loss in the outputs. Positive semi-definite where the loss is
+    convex in the outputs, as cross-entropy and squared error are.
+
+    Args:
+      model_fn: (params, batch) -> outputs, a pytree of arrays.
+      output_loss: (outputs, batch) -> scalar, so that `output_loss(model_fn(params, batch), batch)`
+        is the loss; `.check(loss_fn, params, batch)` on the estimator compares them. `update` has
+        to be given `batch`, also beside `value_fn`.
+      batch_size: how many products run at a time; None: all. They hold K copies of the outputs.
+
+    Returns:
+      An estimator, for `hidlr(..., curvature=..., solver=coupled())`. `diagonal` uses a_k alone.
+
+    Raises:
+      ValueError: `batch_size` < 1, or an argument is not callable.
+
+    Example:
+      >>> import jax.numpy as jnp, hidlr_optax as hd
+      >>> estimator = hd.gauss_newton(lambda p, x: x @ p, lambda out, x: jnp.mean(out**2))
+      >>> estimator.check(lambda p, x: jnp.mean((x @ p) ** 2), jnp.ones(3), jnp.ones((2, 3)))
+    """
+    for name, fn in (("model_fn", model_fn), ("output_loss", output_loss)):
+        if not callable(fn):
+            raise ValueError(f"{name} must be callable, got {fn!r}")
+    check_batch_size(batch_size)
+    return GaussNewton(model_fn, output_loss, batch_size)
