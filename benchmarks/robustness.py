@@ -1,0 +1,506 @@
+"""The suite that the default rule is chosen by: many small problems, nothing tuned.
+
+Thirteen workloads × {AdamW, momentum, SGD, Lion} × groupings × Φ × initial rates: one case for
+every workload and optimizer, the other settings chosen so that every pair of settings occurs. Each
+case is trained by `hidlr` and its rivals and compared with the best of a grid, seven rates,
+constant and cosine, chosen by validation loss. One JSON line per run; what is there is not run
+again.
+
+    python benchmarks/robustness.py --out robustness.jsonl --shard 0/2 &
+    python benchmarks/robustness.py --out robustness.jsonl --shard 1/2
+    python benchmarks/robustness.py --out robustness.jsonl --report --figure robustness.png
+"""
+
+import argparse
+import collections
+import functools
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+from rivals import gen_hidlr
+from tqdm import tqdm
+from workloads import WORKLOADS, Workload
+
+import hidlr_optax as hd
+
+TOYS = ("ellipse", "Beale + Rosenbrock")
+INTERVALS = (1, 4, 10, 20)
+SCALES = (0.01, 1.0, 100.0)  # how far off the initial rate is
+SEEDS = range(3)
+
+# The direction at unit rate, what an experienced user would begin with, and the middle of the grid.
+OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "AdamW": lambda: optax.adamw(1.0),
+    "momentum": lambda: optax.sgd(1.0, momentum=0.9),
+    "SGD": lambda: optax.sgd(1.0),
+    "Lion": lambda: optax.lion(1.0),
+}
+USUAL = {"AdamW": 1e-3, "momentum": 1e-2, "SGD": 1e-1, "Lion": 1e-4}
+CENTRES = {"AdamW": 10**-2.5, "momentum": 1e-2, "SGD": 1e-1, "Lion": 10**-3.5}
+TOY_CENTRES = {"AdamW": 10**-0.5, "momentum": 1e-4, "SGD": 10**-3.5, "Lion": 10**-0.5}
+
+
+class Case(NamedTuple):
+    """One setting of the suite; `grouping` is an index into the workload's groupings."""
+
+    workload: str
+    optimizer: str
+    grouping: int
+    interval: int
+    scale: float
+
+
+@functools.cache
+def cases() -> list[Case]:
+    """A case for each workload and optimizer; every pair of settings occurs in one of them."""
+    choices = (tuple(WORKLOADS), tuple(OPTIMIZERS), (0, 1), INTERVALS, SCALES)
+    pairs = set().union(*(_pairs(case) for case in itertools.product(*choices)))
+    for seed in itertools.count():
+        rng, seen, chosen = np.random.default_rng(seed), set(), []
+        for place in itertools.product(*choices[:2]):
+            options = [(*place, *setting) for setting in itertools.product(*choices[2:])]
+            gains = [len(_pairs(option) - seen) + 0.1 * rng.random() for option in options]
+            chosen.append(Case(*options[int(np.argmax(gains))]))
+            seen |= _pairs(chosen[-1])
+        if seen == pairs:
+            return chosen
+    raise AssertionError  # the loop does not end before
+
+
+def _pairs(case: tuple[Any, ...]) -> set[Any]:
+    return set(itertools.combinations(enumerate(case), 2))
+
+
+def decay(name: str | None, steps: int) -> optax.Schedule | None:
+    """From one to zero over a run."""
+    if name == "linear":
+        return optax.linear_schedule(1.0, 0.0, steps)
+    return optax.cosine_decay_schedule(1.0, steps) if name == "cosine" else None
+
+
+Factory = Callable[..., Any]  # (workload, labels, init_learning_rate, interval) -> transformation
+
+
+def _hidlr(schedule: str | None = None, one: bool = False, **settings: Any) -> Factory:
+    def make(workload: Workload, labels: Any, rate: Any, interval: Any) -> Any:
+        defaults: dict[str, Any] = {
+            "init_learning_rate": rate,
+            "update_interval": interval,
+            "schedule": decay(schedule, workload.steps),
+            "curvature": hd.probes(batch_size=1),  # one at a time is faster on a CPU
+        }
+        return hd.hidlr(workload.loss, "all" if one else labels, **defaults | settings)
+
+    return make
+
+
+def _held_out(workload: Workload, labels: Any, rate: Any, interval: Any) -> Any:
+    """Slope and curvature from probes of validation batches, which the rule sees anyway."""
+    rule = _hidlr(slope="probes")(workload, labels, rate, interval)
+    held_out = workload._replace(splits={"train": workload.splits["validation"]})
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        batch = held_out.sample(jax.random.fold_in(jax.random.key(0), state.count))
+        return rule.update(updates, state, params, batch=batch, grad=extra["grad"])
+
+    return optax.GradientTransformationExtraArgs(rule.init, update)
+
+
+def _paper(workload: Workload, labels: Any, rate: Any, interval: Any) -> Any:
+    return hd.paper_hidlr(
+        workload.loss, labels, init_learning_rate=rate, update_interval=interval, batch_size=1
+    )
+
+
+def _gen(workload: Workload, labels: Any, rate: Any, interval: Any) -> Any:
+    return gen_hidlr(workload.loss, labels, init_learning_rate=rate, update_interval=interval)
+
+
+# Every rule that takes the direction of the case's optimizer and its other settings.
+RULES: dict[str, Factory] = {
+    "hidlr": _hidlr(),
+    "hidlr, linear": _hidlr("linear"),
+    "hidlr, cosine": _hidlr("cosine"),
+    "hidlr, held-out batches": _held_out,
+    "Hi-ULR": _hidlr(one=True),
+    "Algorithm 1": _paper,
+    "Algorithm 1, smoothed": _gen,
+}
+ABLATIONS: dict[str, Factory] = {
+    "without guard": _hidlr(solver=hd.coupled(max_rise=None)),
+    "without shrinkage": _hidlr(solver=hd.coupled(shrinkage=0.0)),
+    "without averaging": _hidlr(solver=hd.coupled(averaging=0.0)),
+    "max_change 10": _hidlr(solver=hd.coupled(max_change=10.0)),
+    "without warm-up": _hidlr(warmup=0),
+    "diagonal()": _hidlr(solver=hd.diagonal()),
+    "slope from the gradient": _hidlr(slope="gradient"),
+    "Hessian": _hidlr(curvature=hd.hessian(batch_size=1)),
+    "initial rates found": _hidlr(init_learning_rate=None),
+}
+# What brings its own step. Schedule-free AdamW is not free of a rate: it is given the usual one.
+OTHERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "Prodigy": lambda: optax.contrib.prodigy(1.0),
+    "D-Adaptation": lambda: optax.contrib.dadapt_adamw(1.0),
+    "DoG": lambda: optax.contrib.dog(1.0),
+    "schedule-free AdamW": lambda: optax.contrib.schedule_free_adamw(2.5e-3),
+}
+
+
+class Job(NamedTuple):
+    """Some runs that share one compilation; `runs` are the keys of their lines."""
+
+    key: dict[str, Any]
+    execute: Callable[[int], list[dict[str, Any]]]  # seed -> results
+
+
+@functools.cache
+def load(name: str) -> Workload:
+    """A workload; the two latest, since their data are held in memory."""
+    return WORKLOADS[name]()
+
+
+def train(
+    workload: Workload, tx: Any, key: jax.Array, steps: int, evaluated: Callable[..., Any]
+) -> tuple[dict[str, jax.Array], Any]:
+    """One run -> the loss on each split and the optimizer state."""
+    tx = optax.with_extra_args_support(tx)
+    init_key, batch_key = jax.random.split(key)
+    params = workload.init(init_key)
+
+    def step(carry: Any, key: jax.Array) -> Any:
+        params, state = carry
+        batch = workload.sample(key)
+        loss, grads = jax.value_and_grad(workload.loss)(params, batch)
+        updates, state = tx.update(grads, state, params, batch=batch, value=loss, grad=grads)
+        return (optax.apply_updates(params, updates), state), None
+
+    keys = jax.random.split(batch_key, steps)
+    (params, state), _ = jax.lax.scan(step, (params, tx.init(params)), keys)
+    final = evaluated(state, params)
+    losses = {name: workload.loss(final, batch) for name, batch in workload.splits.items()}
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)]))
+    return losses | {"finite": finite}, state
+
+
+def _plain(losses: dict[str, jax.Array]) -> dict[str, Any]:
+    return {name: bool(x) if name == "finite" else float(x) for name, x in losses.items()}
+
+
+def grid(name: str, optimizer: str) -> np.ndarray:
+    """Seven rates, half a decade apart."""
+    centre = (TOY_CENTRES if name in TOYS else CENTRES)[optimizer]
+    return centre * np.logspace(-1.5, 1.5, 7)
+
+
+def grid_job(name: str, optimizer: str, schedule: str, steps: int | None) -> Job:
+    """The seven rates of one schedule, vmapped."""
+    rates = grid(name, optimizer)
+
+    @functools.cache
+    def compiled() -> Any:
+        workload = load(name)
+        length = steps or workload.steps
+        shape = decay(schedule, length) or optax.constant_schedule(1.0)
+
+        def run(rate: jax.Array, key: jax.Array) -> Any:
+            parts = OPTIMIZERS[optimizer](), optax.scale_by_schedule(shape), optax.scale(rate)
+            return train(workload, optax.chain(*parts), key, length, lambda _, params: params)[0]
+
+        return jax.jit(jax.vmap(run, in_axes=(0, None)))
+
+    def execute(seed: int) -> list[dict[str, Any]]:
+        losses = compiled()(jnp.asarray(rates, jnp.float32), jax.random.key(seed))
+        per_rate = [{k: v[i] for k, v in losses.items()} for i in range(len(rates))]
+        return [_plain(x) | {"rate": float(r)} for x, r in zip(per_rate, rates, strict=True)]
+
+    key = {"method": "grid", "workload": name, "optimizer": optimizer, "schedule": schedule}
+    return Job(key, execute)
+
+
+def case_job(method: str, factory: Factory, case: Case, steps: int | None) -> Job:
+    """A rule on a case."""
+
+    @functools.cache
+    def compiled() -> Any:
+        workload = load(case.workload)
+        groupings = list(workload.groupings.values())
+        labels = groupings[case.grouping % len(groupings)]
+
+        def run(rate: jax.Array, key: jax.Array) -> Any:
+            rule = factory(workload, labels, rate, case.interval)
+            tx = optax.chain(OPTIMIZERS[case.optimizer](), rule)
+            length = steps or workload.steps
+            losses, state = train(workload, tx, key, length, lambda _, params: params)
+            return losses, optax.tree.get(state, "cuts", jnp.zeros((), jnp.int32))
+
+        return jax.jit(run)
+
+    def execute(seed: int) -> list[dict[str, Any]]:
+        rate = jnp.float32(USUAL[case.optimizer] * case.scale)
+        losses, cuts = compiled()(rate, jax.random.key(seed))
+        return [_plain(losses) | {"cuts": int(cuts)}]
+
+    return Job({"method": method} | case._asdict(), execute)
+
+
+def other_job(method: str, name: str, steps: int | None) -> Job:
+    """An optimizer without a learning rate on a workload."""
+
+    @functools.cache
+    def compiled() -> Any:
+        workload = load(name)
+        evaluated = (
+            optax.contrib.schedule_free_eval_params
+            if "schedule-free" in method
+            else lambda _, params: params
+        )
+        return jax.jit(
+            lambda key: train(workload, OTHERS[method](), key, steps or workload.steps, evaluated)[
+                0
+            ]
+        )
+
+    def execute(seed: int) -> list[dict[str, Any]]:
+        return [_plain(compiled()(jax.random.key(seed)))]
+
+    return Job({"method": method, "workload": name}, execute)
+
+
+def jobs(suite: str) -> Iterator[Job]:
+    """All of a suite, ordered so that a cut at any time leaves something to compare."""
+    chosen = cases()
+    rules = dict(RULES)
+    names, steps = list(WORKLOADS), None
+    if suite == "smoke":
+        names, steps = ["digits", "ellipse"], 20
+        chosen = [case for case in chosen if case.workload in names][::3]
+        rules = {name: RULES[name] for name in ("hidlr", "Algorithm 1, smoothed")}
+    for name in names:
+        for optimizer, schedule in itertools.product(OPTIMIZERS, ("constant", "cosine")):
+            yield grid_job(name, optimizer, schedule, steps)
+        for case in chosen:
+            if case.workload == name:
+                for method, factory in rules.items():
+                    yield case_job(method, factory, case, steps)
+        for method in OTHERS if suite != "smoke" else ["Prodigy"]:
+            yield other_job(method, name, steps)
+    if suite != "full":
+        return
+    for case in half(chosen):
+        for method, factory in ABLATIONS.items():
+            yield case_job(method, factory, case, steps)
+
+
+def half(chosen: list[Case]) -> list[Case]:
+    """Every second case in a chessboard of workloads and optimizers, the toys left out."""
+    places = itertools.product(range(len(WORKLOADS)), range(len(OPTIMIZERS)))
+    board = zip(places, chosen, strict=True)
+    return [case for (i, j), case in board if (i + j) % 2 == 0 and case.workload not in TOYS]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The runs so far."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run(suite: str, path: Path, shard: tuple[int, int], seeds: range) -> None:
+    """Runs what is missing and appends it."""
+    done = {_identity(row) for row in read(path)}
+    index, count = shard
+    mine = [job for n, job in enumerate(jobs(suite)) if n % count == index]
+    for job in tqdm(mine, desc=f"shard {index}/{count}"):
+        for seed in seeds:
+            key = job.key | {"seed": seed}
+            if _identity(key) in done:
+                continue
+            start = time.perf_counter()
+            results = job.execute(seed)
+            seconds = {"seconds": round(time.perf_counter() - start, 2)}
+            with path.open("a") as file:
+                file.writelines(json.dumps(key | x | seconds) + "\n" for x in results)
+
+
+_KEY = ("method", "workload", "optimizer", "schedule", "grouping", "interval", "scale", "seed")
+
+
+def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in _KEY)
+
+
+def _mean(rows: list[dict[str, Any]], split: str) -> float:
+    """Over seeds; one run that is not finite makes it infinite."""
+    values = [row[split] for row in rows]
+    return float(np.mean(values)) if np.all(np.isfinite(values)) else np.inf
+
+
+def best_of_grid(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """(workload, optimizer) -> mean losses at the rate and schedule of least validation loss."""
+    settings = collections.defaultdict(lambda: collections.defaultdict(list))
+    for row in rows:
+        if row["method"] == "grid":
+            place = row["workload"], row["optimizer"]
+            settings[place][row["rate"], row["schedule"]].append(row)
+    best = {}
+    for place, runs in settings.items():
+        chosen = min(runs, key=lambda setting: _mean(runs[setting], "validation"))
+        best[place] = {split: _mean(runs[chosen], split) for split in ("train", "test")}
+        best[place]["setting"] = chosen
+    return best
+
+
+class Outcome(NamedTuple):
+    """One method on one case, over the best of the grid."""
+
+    case: tuple[Any, ...]
+    train: float
+    test: float
+
+
+def outcomes(rows: list[dict[str, Any]]) -> dict[str, list[Outcome]]:
+    """Method -> its ratios, the toys left out; the others against AdamW's grid."""
+    best = best_of_grid(rows)
+    runs = collections.defaultdict(list)
+    for row in rows:
+        if row["method"] != "grid" and row["workload"] not in TOYS:
+            runs[_identity(row)[:-1]].append(row)
+    found = collections.defaultdict(list)
+    for identity, repeats in runs.items():
+        method, workload, optimizer, *_ = identity
+        tuned = best[workload, optimizer or "AdamW"]
+        ratios = [_mean(repeats, split) / tuned[split] for split in ("train", "test")]
+        found[method].append(Outcome(identity[1:], *ratios))
+    return found
+
+
+def table(found: dict[str, list[Outcome]], rows: list[dict[str, Any]]) -> str:
+    """Markdown, one line per method."""
+    broken = collections.Counter(row["method"] for row in rows if not row["finite"])
+    lines = [
+        "| method | cases | test: median | 90 % | worst | train: median | 90 % | worst "
+        "| runs not finite |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for method, results in found.items():
+        cells = [method, str(len(results))]
+        for split in ("test", "train"):
+            ratios = np.array([getattr(outcome, split) for outcome in results])
+            ninety = np.quantile(ratios, 0.9, method="higher")
+            cells += [f"{x:.3g}" for x in (np.median(ratios), ninety, ratios.max())]
+        lines.append("| " + " | ".join([*cells, str(broken[method])]) + " |")
+    return "\n".join(lines)
+
+
+def on(found: dict[str, list[Outcome]], keep: Callable[[tuple[Any, ...]], bool]) -> Any:
+    """The outcomes of some cases."""
+    chosen = {method: [x for x in results if keep(x.case)] for method, results in found.items()}
+    return {method: results for method, results in chosen.items() if results}
+
+
+def by_case(rows: list[dict[str, Any]], found: dict[str, list[Outcome]]) -> str:
+    """Markdown, one line per case: the default rule, one rate, and the grid's choice."""
+    best = best_of_grid(rows)
+    methods = [name for name in RULES if name in found]
+    lines = [
+        "| workload | optimizer | Φ | initial rate | tuned | " + " | ".join(methods) + " |",
+        "|---" * (5 + len(methods)) + "|",
+    ]
+    ratios = {name: {x.case: x for x in found[name]} for name in methods}
+    for case, _ in ratios["hidlr"].items():
+        workload, optimizer, _, _, interval, scale = case
+        rate, schedule = best[workload, optimizer]["setting"]
+        cells = [workload, optimizer, str(interval), f"{scale:g}×", f"{rate:.2g} {schedule}"]
+        here = [ratios[name].get(case) for name in methods]
+        cells += [f"{x.test:.2f} ({x.train:.2f})" if x else "" for x in here]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def profile(panels: dict[str, dict[str, list[Outcome]]]) -> Figure:
+    """The share of cases whose test loss is within a factor of the tuned one."""
+    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
+    factors = np.logspace(np.log10(0.7), np.log10(5), 300)
+    axes = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))  # pyright: ignore[reportCallIssue, reportArgumentType]
+    for axis, (title, found) in zip(axes, panels.items(), strict=True):
+        for method, results in found.items():
+            ratios = np.array([outcome.test for outcome in results])
+            share = [np.mean(ratios <= factor) for factor in factors]
+            width = 2.5 if method.startswith("hidlr") else 1.2
+            axis.plot(factors, share, label=method, linewidth=width)
+        axis.axvline(1, color="grey", linewidth=0.8, linestyle=":")
+        axis.set(xscale="log", xlabel="test loss / that of the tuned grid", title=title)
+        axis.set_xticks([0.7, 1, 1.5, 2, 3, 5], ["0.7", "1", "1.5", "2", "3", "5"])
+        axis.minorticks_off()
+        axis.legend(fontsize=8, loc="lower right")
+    axes[0].set_ylabel("share of the cases")
+    return figure
+
+
+def toys(rows: list[dict[str, Any]]) -> str:
+    """Markdown: the loss at the end of the two functions of two variables, which may be zero."""
+    best = best_of_grid(rows)
+    runs = collections.defaultdict(list)
+    for row in rows:
+        if row["workload"] in TOYS and row["method"] in RULES:
+            runs[row["workload"], row["optimizer"], row["method"]].append(row)
+    lines = ["| function | direction | tuned | " + " | ".join(RULES) + " |"]
+    lines.append("|---" * (3 + len(RULES)) + "|")
+    for name, optimizer in itertools.product(TOYS, OPTIMIZERS):
+        losses = [_mean(runs[name, optimizer, method], "train") for method in RULES]
+        cells = [name, optimizer, f"{best[name, optimizer]['train']:.3g}"]
+        lines.append("| " + " | ".join([*cells, *(f"{x:.3g}" for x in losses)]) + " |")
+    return "\n".join(lines)
+
+
+def report(path: Path, figure: Path | None, details: bool) -> None:
+    """Prints the tables and draws the profile."""
+    rows = read(path)
+    found = outcomes(rows)
+    rules = {name: found[name] for name in RULES if name in found}
+    print("All cases, loss over that of the tuned grid:\n")
+    print(table(rules, [row for row in rows if row["workload"] not in TOYS]))
+    adamw = on(found, lambda case: case[1] in (None, "AdamW"))
+    adamw = {name: adamw[name] for name in (*RULES, *OTHERS) if name in adamw}
+    print("\nAdamW as the direction, beside what needs no learning rate:\n")
+    print(table(adamw, []))
+    ablated = {x.case for name in ABLATIONS for x in found.get(name, [])}
+    if ablated:
+        names = ["hidlr", *(name for name in ABLATIONS if name in found)]
+        print("\nThe half of the cases on which one part at a time was taken away or changed:\n")
+        print(table(on({n: found[n] for n in names}, ablated.__contains__), rows))
+    if any(row["workload"] in TOYS for row in rows) and details:
+        print("\n" + toys(rows))
+    if details:
+        print("\n" + by_case(rows, found))
+    if figure is not None:
+        profile({"all cases": rules, "AdamW": adamw}).savefig(figure, dpi=150)
+
+
+def main() -> None:
+    """Parses the arguments."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--suite", choices=("smoke", "full"), default="full")
+    parser.add_argument("--out", type=Path, default=Path("robustness.jsonl"))
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--shard", default="0/1", help="i/n: every n-th job, from the i-th")
+    parser.add_argument("--report", action="store_true", help="run nothing, only report")
+    parser.add_argument("--details", action="store_true", help="report every case")
+    args = parser.parse_args()
+    index, count = map(int, args.shard.split("/"))
+    if not args.report:
+        seeds = SEEDS if args.suite == "full" else range(1)
+        run(args.suite, args.out, (index, count), seeds)
+    if count == 1 or args.report:
+        report(args.out, args.figure, args.details)
+
+
+if __name__ == "__main__":
+    main()
