@@ -36,9 +36,9 @@ def gen_hidlr(
         return GenState(jnp.zeros((), jnp.int32), jnp.full(count, init_learning_rate, jnp.float32))
 
     def update(
-        updates: Any, state: Any, params: Any = None, *, batch: Any, value: Any, **unused: Any
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, GenState]:
-        del unused
+        batch, value = extra_args["batch"], extra_args["value"]
         index, count = labels_of(params)
 
         def moved(rates: jax.Array) -> Any:

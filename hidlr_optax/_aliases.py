@@ -6,7 +6,7 @@ from typing import Any
 import optax
 
 from hidlr_optax._checks import LossFn, Slope
-from hidlr_optax._solvers import Solver, diagonal
+from hidlr_optax._solvers import Solver, coupled, diagonal
 from hidlr_optax._transform import hidlr
 from hidlr_optax.curvature import Estimator, probes
 
@@ -69,34 +69,37 @@ def paper_hidlr(
         curvature=probes("gaussian", per_group, batch_size, seed),
         slope="probes",
         solver=diagonal(averaging=0.0, max_change=None),
+        warmup=0,
     )
 
 
 def hiulr(
     loss_fn: LossFn | None,
     *,
-    init_learning_rate: float = 1e-3,
+    init_learning_rate: float | None = 1e-3,
     update_interval: int = 10,
     schedule: optax.Schedule | None = None,
     curvature: Estimator = probes(),
-    slope: Slope | None = None,
-    solver: Solver = diagonal(),
+    slope: Slope | None = "lagged",
+    solver: Solver = coupled(),
+    warmup: int = 10,
     lagged_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """One rate for all parameters: Hi-ULR of the paper, which is GeN (arXiv 2407.02772).
 
-    `hidlr` with the single group "all". With `probes(per_group=2)`, `slope="probes"` and
+    `hidlr` with the single group "all". With `slope="probes"`, `warmup=0` and
     `diagonal(averaging=0.0, max_change=None)`, it is GeN's closed form
-    η* = (η/2)·(L₋ − L₊)/(L₊ − 2L₀ + L₋), where L± = L(w ± ηu).
+    η* = (h/2)·(L₋ − L₊)/(L₊ − 2L₀ + L₋), where L± = L(w ± hu).
 
     Args:
       loss_fn: as in `hidlr`, like all that follow.
-      init_learning_rate: η before the first refresh.
+      init_learning_rate: η to begin with; None: found.
       update_interval: Φ.
       schedule: step -> factor.
       curvature: the estimator.
-      slope: "gradient", "lagged", "probes" or None.
-      solver: from `diagonal`.
+      slope: "lagged", "gradient", "probes" or None.
+      solver: from `coupled` or `diagonal`.
+      warmup: how many first updates.
       lagged_dtype: the dtype of the direction that "lagged" stores.
 
     Returns:
@@ -119,6 +122,7 @@ def hiulr(
         curvature=curvature,
         slope=slope,
         solver=solver,
+        warmup=warmup,
         lagged_dtype=lagged_dtype,
     )
 

@@ -41,6 +41,7 @@ def check_arguments(
     curvature: Any,
     slope: Any,
     solver: Any,
+    warmup: Any,
 ) -> None:
     if loss_fn is not None and not callable(loss_fn):
         raise ValueError(
@@ -52,8 +53,12 @@ def check_arguments(
     if isinstance(init_learning_rate, Mapping):
         for name, rate in init_learning_rate.items():
             _check_rate(rate, f"init_learning_rate[{name!r}]")
-    else:
+    elif init_learning_rate is not None:
         _check_rate(init_learning_rate, "init_learning_rate")
+    if _is_concrete(warmup) and (warmup < 0 or warmup != int(warmup)):
+        raise ValueError(f"warmup must be a whole number >= 0, got {warmup}")
+    if init_learning_rate is None and _is_concrete(warmup) and warmup == 0:
+        raise ValueError("init_learning_rate=None is found during warm-up, but warmup is 0")
     if _is_concrete(update_interval) and (
         update_interval < 1 or update_interval != int(update_interval)
     ):
@@ -102,9 +107,16 @@ def bind_loss(
     return lambda params: loss_fn(params, batch)
 
 
-def check_slope(slope: Slope | None, estimator: Estimator, grad: Any, params: Any) -> None:
+def check_slope(
+    slope: Slope | None, estimator: Estimator, init_learning_rate: Any, grad: Any, params: Any
+) -> None:
     if grad is not None:
         check_like(grad, params, "grad")
+    elif init_learning_rate is None:
+        raise ValueError(
+            "init_learning_rate=None is found from the gradient: pass grad=... to update, or a "
+            "number to hidlr"
+        )
     elif slope in ("gradient", "lagged"):
         raise ValueError(
             f"slope={slope!r} needs the raw gradient of the loss: pass grad=... to update, before "

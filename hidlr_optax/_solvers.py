@@ -6,6 +6,7 @@ floor) -> (rates, kept)`.
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +121,7 @@ class Diagonal:
 
     averaging: float
     max_change: float | None
+    max_rise: ClassVar[None] = None  # no guard
 
     def solve(
         self, quadratic: Quadratic, rates: jax.Array, kept: jax.Array, floor: jax.Array
@@ -151,11 +153,13 @@ class Coupled:
       shrinkage: weight of the uniform rate.
       averaging: decay of the averages of slope and curvature.
       max_change: the largest factor between old and new rate.
+      max_rise: the rise of the loss, as a part of it, beyond which the guard cuts a step.
     """
 
     shrinkage: float
     averaging: float
     max_change: float
+    max_rise: float | None
 
     def solve(
         self, quadratic: Quadratic, rates: jax.Array, kept: jax.Array, floor: jax.Array
@@ -231,7 +235,12 @@ def diagonal(averaging: float = 0.9, max_change: float | None = 2.0) -> Diagonal
     return Diagonal(averaging, max_change)
 
 
-def coupled(shrinkage: float = 0.3, averaging: float = 0.9, max_change: float = 2.0) -> Coupled:
+def coupled(
+    shrinkage: float = 0.3,
+    averaging: float = 0.9,
+    max_change: float = 2.0,
+    max_rise: float | None = 0.2,
+) -> Coupled:
     """All rates together: the minimum of q in a box around the current rates (paper eq. 2.3).
 
     Minimises −bᵀη + ½ ηᵀAη over [η/max_change, η·max_change], after pulling every rate towards the
@@ -245,6 +254,9 @@ def coupled(shrinkage: float = 0.3, averaging: float = 0.9, max_change: float = 
       averaging: decay β of the moving averages of slope and curvature, in [0, 1). 0: the newest
         refresh alone.
       max_change: the largest factor by which one refresh may change a rate, > 1.
+      max_rise: the guard. After every refresh the loss is evaluated once more, where the coming
+        step would lead; if it rises by more than this part of itself, all rates are cut, by two to
+        ten. None: no guard.
 
     Returns:
       A solver, for `hidlr(..., solver=...)`.
@@ -255,14 +267,16 @@ def coupled(shrinkage: float = 0.3, averaging: float = 0.9, max_change: float = 
     Example:
       >>> import hidlr_optax as hd
       >>> hd.coupled(shrinkage=0.0)
-      Coupled(shrinkage=0.0, averaging=0.9, max_change=2.0)
+      Coupled(shrinkage=0.0, averaging=0.9, max_change=2.0, max_rise=0.2)
     """
     if not 0 <= shrinkage < math.inf:
         raise ValueError(f"shrinkage must be finite and >= 0, got {shrinkage}")
     _check_averaging(averaging)
     if max_change is None or not 1 < max_change < math.inf:
         raise ValueError(f"max_change must be finite and > 1, got {max_change}")
-    return Coupled(shrinkage, averaging, max_change)
+    if max_rise is not None and not 0 <= max_rise < math.inf:
+        raise ValueError(f"max_rise must be finite and >= 0, or None, got {max_rise}")
+    return Coupled(shrinkage, averaging, max_change, max_rise)
 
 
 Solver = Diagonal | Coupled

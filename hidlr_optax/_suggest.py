@@ -64,7 +64,7 @@ def suggest(
     batch: Any = None,
     *,
     init_learning_rate: float | Mapping[str, float] = 1e-3,
-    curvature: Estimator = probes(),
+    curvature: Estimator = probes(per_group=4),
     rounds: int = 4,
 ) -> Suggestion:
     """The K learning rates that the loss asks for along one direction: lr_find, per group.
@@ -101,7 +101,7 @@ def suggest(
       >>> {name: round(rate, 4) for name, rate in found.learning_rates.items()}
       {'x': 1.0, 'y': 0.01}
     """
-    check_arguments(loss_fn, init_learning_rate, 1, None, curvature, "probes", diagonal())
+    check_arguments(loss_fn, init_learning_rate, 1, None, curvature, "probes", diagonal(), 10)
     if rounds < 1:
         raise ValueError(f"rounds must be 1 or more, got {rounds}")
     groups = Groups.of(param_labels, params)

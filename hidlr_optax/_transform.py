@@ -1,4 +1,4 @@
-"""The Optax transformation: estimate -> average -> minimise -> scale."""
+"""The Optax transformation: estimate -> average -> minimise -> guard -> scale."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -17,10 +17,13 @@ from hidlr_optax._checks import (
     check_slope,
     usable_value,
 )
-from hidlr_optax._groups import Groups
+from hidlr_optax._groups import Groups, wide
 from hidlr_optax._quadratic import Kept, Quadratic, average, influence
-from hidlr_optax._solvers import Solver, diagonal
+from hidlr_optax._solvers import Solver, coupled
 from hidlr_optax.curvature import Estimator, Measurement, probes
+
+_START_PART = 1e-2  # of the loss: what the first step, by its slope alone, is to change it by
+_START_RANGE = 10.0  # how far from there an initial rate that was asked for may lie
 
 
 class HiDLRState(NamedTuple):
@@ -29,7 +32,8 @@ class HiDLRState(NamedTuple):
     Attributes:
       count: () int32, updates so far.
       refreshes: () int32, refreshes so far, those that kept the rates included.
-      schedule_factor: () float32, the schedule's factor at the last update.
+      cuts: () int32, how often the guard has cut the rates that a refresh had found.
+      schedule_factor: () float32, the factor of warm-up and schedule at the last update.
       group_learning_rates: η, () float32 each, without the schedule's factor.
       slope: b, () float32 each, loss per unit learning rate, averaged over refreshes.
       curvature: a, () float32 each, loss per unit learning rate squared, averaged.
@@ -44,6 +48,7 @@ class HiDLRState(NamedTuple):
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     refreshes: jax.Array
+    cuts: jax.Array
     schedule_factor: jax.Array
     group_learning_rates: dict[str, jax.Array]
     slope: dict[str, jax.Array]
@@ -56,6 +61,9 @@ class HiDLRState(NamedTuple):
 
 
 def initial_rates(initial: Any, names: tuple[str, ...]) -> dict[str, jax.Array]:
+    """One rate for each name; zero, to be found at the first update, where `initial` is None."""
+    if initial is None:
+        initial = 0.0
     if not isinstance(initial, Mapping):
         initial = dict.fromkeys(names, initial)
     missing = [name for name in names if name not in initial]
@@ -83,6 +91,7 @@ def _initial_state(
     return HiDLRState(
         count=jnp.zeros((), jnp.int32),
         refreshes=jnp.zeros((), jnp.int32),
+        cuts=jnp.zeros((), jnp.int32),
         schedule_factor=jnp.ones((), jnp.float32),
         group_learning_rates=initial_rates(init_learning_rate, names),
         slope=zeros(jnp.float32),
@@ -111,9 +120,9 @@ def trust(measured: Measurement) -> jax.Array:
 
 
 def _refresh(
-    state: HiDLRState, measured: Measurement, groups: Groups, solver: Solver
+    state: HiDLRState, rates: jax.Array, measured: Measurement, groups: Groups, solver: Solver
 ) -> HiDLRState:
-    """Averages what was measured into the state and solves for the rates."""
+    """Averages what was measured into the state and solves for the rates, starting from `rates`."""
     kept = trust(measured)
     usable = kept == Kept.NO
     measurements = groups.pack(state.measurements) + usable.astype(jnp.int32)
@@ -126,7 +135,6 @@ def _refresh(
 
     means = Quadratic(groups.pack(state.slope), groups.pack(state.curvature), state.coupling)
     quadratic = jax.tree.map(averaged, means, measured.quadratic)
-    rates = groups.pack(state.group_learning_rates)
     rates, kept = solver.solve(quadratic, rates, kept, measured.floor)
     sizes = jnp.asarray(groups.sizes, jnp.float32)
     convex = (kept == Kept.NO) & (quadratic.curvature > measured.floor)
@@ -175,25 +183,69 @@ def _at_start(measured: Measurement, travelled: jax.Array) -> Measurement:
     return measured._replace(quadratic=quadratic._replace(slope=quadratic.slope_at(-travelled)))
 
 
+def _first_rates(rates: jax.Array, value: jax.Array, slope: jax.Array) -> jax.Array:
+    """The rates to begin with, (K,), whatever was asked for.
+
+    At one rate for all, the first step changes the loss by Σ|b_k| η to first order. The rate at
+    which that is a hundredth of the loss is small, but not lost in rounding: rates of zero become
+    it, others are brought within a factor ten of it.
+
+    Args:
+      rates: (K,), as asked for; zero where nothing was.
+      value: the loss.
+      slope: b, (K,).
+    """
+    steep = jnp.sum(jnp.abs(slope)).astype(jnp.float32)
+    found = _START_PART * jnp.abs(value).astype(jnp.float32) / steep
+    usable = jnp.isfinite(found) & (found > 0)
+    nearest = jnp.clip(rates, found / _START_RANGE, found * _START_RANGE)
+    begun = jnp.where(usable, jnp.where(rates > 0, nearest, found), rates)
+    return jnp.where(begun > 0, begun, 1e-3)
+
+
+def _cut(rates: jax.Array, change: jax.Array, value: jax.Array, slope: Any, limit: float) -> Any:
+    """What the guard multiplies the rates by, (): one, unless the step raises the loss too much.
+
+    Then the minimum B/2C of the parabola −Bx + Cx² that has this slope, and at x = 1 this change,
+    within [0.1, 0.5]. Along a step that ascends there is none: a half; where the loss is not finite
+    any more, a tenth.
+
+    Args:
+      rates: η, (K,).
+      change: (), the loss after the step minus the loss.
+      value: (), the loss.
+      slope: b, (K,), along the step; None where it is not known.
+      limit: the rise, as a part of the loss, that is let pass.
+    """
+    descent = jnp.float32(0) if slope is None else slope.astype(jnp.float32) @ rates
+    curve = change + descent
+    best = descent / (2 * jnp.where(curve > 0, curve, 1))
+    best = jnp.where((descent > 0) & (curve > 0), jnp.clip(best, 0.1, 0.5), 0.5)
+    best = jnp.where(jnp.isfinite(change), best, 0.1)
+    return jnp.where(change <= limit * jnp.abs(value), 1.0, best)
+
+
 def hidlr(
     loss_fn: LossFn | None,
     param_labels: Any,
     *,
-    init_learning_rate: float | Mapping[str, float] = 1e-3,
+    init_learning_rate: float | Mapping[str, float] | None = 1e-3,
     update_interval: int = 10,
     schedule: optax.Schedule | None = None,
     curvature: Estimator = probes(),
-    slope: Slope | None = None,
-    solver: Solver = diagonal(),
+    slope: Slope | None = "lagged",
+    solver: Solver = coupled(),
+    warmup: int = 10,
     lagged_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Hessian-informed differential learning rates: one rate per group of parameters.
 
     Takes the incoming updates as the direction u and multiplies group k by η_k. They have to be
     descending and at rate one, as those of `optax.adamw(1.0)` are. Every `update_interval` steps,
-    the first included, it models the loss along the group steps, L(w + Σ η_k u_k) − L(w) ≈ −bᵀη +
-    ½ Σ a_k η_k² (arXiv 2501.06954, eq. 3.1), and moves the rates to its minimum. For Algorithm 1 of
-    the paper to the letter, see `paper_hidlr`.
+    it models the loss along the group steps, L(w + Σ η_k u_k) − L(w) ≈ −bᵀη + ½ ηᵀAη (arXiv
+    2501.06954, eq. 2.3), and moves the rates towards its minimum. With the default estimator that
+    takes 2K + 1 evaluations of the loss. For Algorithm 1 of the paper to the letter, see
+    `paper_hidlr`.
 
     `update(updates, state, params, *, batch, value, grad, value_fn)` takes, beside what every
     transformation takes:
@@ -214,20 +266,24 @@ def hidlr(
       loss_fn: (params, batch) -> scalar; None if `update` is always given `value_fn`. It has to be
         the same function at all probes of a refresh: fix dropout keys and batch statistics.
       param_labels: a pytree of str like params, a prefix of it, or a callable from params to one.
-      init_learning_rate: η before the first refresh; the scale of its probes. One for all groups,
-        or `{label: rate}`.
+      init_learning_rate: η to begin with, one for all groups or `{label: rate}`. None: found. It
+        hardly matters: see `warmup`.
       update_interval: Φ, steps from refresh to refresh.
       schedule: step -> factor, multiplies all rates. "lagged" has to know it: put no other scaling
         after `hidlr` then.
       curvature: the estimator, from `probes`, `hessian` or `gauss_newton`.
-      slope: where b comes from. "gradient": b_k = −⟨∇L_k, u_k⟩, exact and free, but on the batch
-        that made u_k: on mini-batches it is too steep, and rates rise without end. "lagged": slope
-        and curvature along the previous direction, at its end, with the present gradient, whose
-        batch that direction has not seen; b_k = −⟨∇L_k, u_k⟩ + a_k η_k moves the slope back to the
-        start; at the first call, where nothing is previous, it is "gradient". "probes": fitted
-        together with the curvature, on whatever `batch` is passed. None: "gradient" at calls with
-        `grad`, "probes" at others; for full batches.
-      solver: from `diagonal` or `coupled`.
+      slope: where b comes from. "lagged": slope and curvature along the previous direction, at its
+        end, with the present gradient, whose batch that direction has not seen; b_k = −⟨∇L_k, u_k⟩
+        + (Aη)_k moves the slope back to the start; at the first call, where nothing is previous, it
+        is "gradient". "gradient": b_k = −⟨∇L_k, u_k⟩, on the batch that made u_k: for full batches;
+        on mini-batches it is too steep, and rates rise without end. "probes": fitted together with
+        the curvature, on whatever `batch` is passed, such as the next or a held-out one. None:
+        "gradient" at calls with `grad`, "probes" at others.
+      solver: from `coupled` or `diagonal`.
+      warmup: the number of first updates during which there is a refresh at each and the rates rise
+        linearly to their full value. The rates begin within a factor ten of what changes the loss
+        by a hundredth, wherever `init_learning_rate` is, if `grad` is passed. 0: none of this, and
+        the rates begin as they are given.
       lagged_dtype: the dtype in which "lagged" stores the direction, such as bfloat16; None: its
         own.
 
@@ -244,7 +300,7 @@ def hidlr(
       ...     return jnp.sum((batch @ params["w"] + params["b"] - 1.0) ** 2)
       >>> params = {"w": jnp.zeros(2), "b": jnp.zeros(())}
       >>> labels = {"w": "weight", "b": "bias"}
-      >>> tx = optax.chain(optax.sgd(1.0), hd.hidlr(loss_fn, labels, slope="lagged"))
+      >>> tx = optax.chain(optax.sgd(1.0), hd.hidlr(loss_fn, labels))
       >>> state = tx.init(params)
       >>> batch = jnp.ones((4, 2))
       >>> value, grad = jax.value_and_grad(loss_fn)(params, batch)
@@ -253,7 +309,7 @@ def hidlr(
       ['bias', 'weight']
     """
     check_arguments(
-        loss_fn, init_learning_rate, update_interval, schedule, curvature, slope, solver
+        loss_fn, init_learning_rate, update_interval, schedule, curvature, slope, solver, warmup
     )
 
     def init_fn(params: Any) -> HiDLRState:
@@ -286,18 +342,29 @@ def hidlr(
             )
         groups = Groups.of(param_labels, params)
         check_like(updates, params, "updates")
-        check_slope(slope, curvature, grad, params)
+        check_slope(slope, curvature, init_learning_rate, grad, params)
         loss = bind_loss(loss_fn, value_fn, batch, extra_args)
         no_batch = batch is None and value_fn is None
         check_scalar(loss, groups, params, updates, no_batch)
         value = usable_value(value, params)
 
+        interval = jnp.asarray(update_interval).astype(jnp.int32)
+        length = jnp.asarray(warmup).astype(jnp.int32)
         # The stored direction stays out of the branches: it is replaced below at every step, and
         # a copy as large as the parameters need not be carried through them.
         scalars = state._replace(direction=())
 
         def refreshed() -> HiDLRState:
-            rates = groups.pack(state.group_learning_rates)
+            at = (
+                value
+                if value is not None
+                else loss(groups.step(params, updates, jnp.zeros(len(groups))))
+            )
+            present = None if grad is None else -groups.inner(grad, updates)
+            taken = rates = groups.pack(state.group_learning_rates)
+            if present is not None:
+                begins = (state.refreshes == 0) & (length > 0)
+                rates = jnp.where(begins, _first_rates(rates, at, present), rates)
             along = _previous(state, updates) if slope == "lagged" else updates
             known = None if grad is None or slope == "probes" else -groups.inner(grad, along)
             measured = curvature.estimate(
@@ -306,20 +373,35 @@ def hidlr(
                 along,
                 groups,
                 rates,
+                value=at,
                 slope=known,
-                value=value,
+                expected=Quadratic(groups.pack(state.slope), groups.pack(state.curvature)),
                 batch=batch,
                 step=state.count,
             )
             if slope == "lagged":
-                travelled = jnp.where(state.count == 0, 0.0, rates * state.schedule_factor)
+                travelled = jnp.where(state.count == 0, 0.0, taken * state.schedule_factor)
                 measured = _at_start(measured, travelled)
-            return _refresh(scalars, measured, groups, solver)
+            new = _refresh(scalars, rates, measured, groups, solver)
+            if solver.max_rise is None:
+                return new
+            rates = groups.pack(new.group_learning_rates)
+            after = loss(groups.step(params, updates, rates))
+            dtype = wide(after.dtype)
+            change = (after.astype(dtype) - at.astype(dtype)).astype(jnp.float32)
+            factor = _cut(rates, change, at.astype(jnp.float32), present, solver.max_rise)
+            # A step that is not finite at any rate says nothing about the rates.
+            judged = jnp.isfinite(at) & jnp.all(jnp.isfinite(groups.inner(updates, updates)))
+            factor = jnp.where(judged, factor, 1.0)
+            return new._replace(
+                group_learning_rates=groups.unpack(rates * factor),
+                cuts=new.cuts + (factor < 1).astype(jnp.int32),
+            )
 
-        interval = jnp.asarray(update_interval).astype(jnp.int32)
-        due = (state.count % interval == 0) & jnp.asarray(refresh)
+        due = ((state.count % interval == 0) | (state.count < length)) & jnp.asarray(refresh)
         new = _refresh_if(due, refreshed, scalars)
         factor = jnp.asarray(1.0 if schedule is None else schedule(new.count), jnp.float32)
+        factor *= jnp.minimum((new.count + 1) / jnp.maximum(length, 1), 1.0).astype(jnp.float32)
         rates = groups.pack(new.group_learning_rates) * factor
         direction = optax.tree.cast(updates, lagged_dtype) if slope == "lagged" else ()
         return groups.scale(updates, rates), new._replace(

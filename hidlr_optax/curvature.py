@@ -31,6 +31,10 @@ __all__ = [
 # How many units in the last place of the loss a change has to be before it is more than rounding.
 # A sum over a batch, differently fused for the value and for the probes, is off by a few.
 _RESOLUTION = 16.0
+_EVEN_PART = 2e-3  # of the loss: what a pair of probes at ±h is to change it by, 2·½ a h²
+_LINEAR_PART = 1e-2  # of the loss, by the slope, where the curvature is not known yet
+_SHORTEST, _LONGEST = 10.0, 30.0  # how much nearer or further than the current rate
+_UNKNOWN_SCALE = 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +70,42 @@ class Probes:
         return (steps // 2 * np.where(steps % 2, -1.0, 1.0)).astype(np.float32)
 
     def points(self, num_groups: int, step: jax.Array | int) -> jax.Array:
-        """(n, K): where to probe, in units of the current learning rates."""
+        """(n, K): where to probe, in units of the reach."""
         if self.design == "axis":
             return jnp.asarray(
                 np.kron(np.eye(num_groups), self._axis_points()[:, None]), jnp.float32
             )
         key = jax.random.fold_in(jax.random.key(self.seed), step)
         return jax.random.normal(key, (self.forward_passes(num_groups), num_groups), jnp.float32)
+
+    def reach(
+        self, rates: jax.Array, slope: jax.Array | None, value: jax.Array, expected: Quadratic
+    ) -> jax.Array:
+        """How far to probe each group, (K,): where the loss changes by a small, resolvable part.
+
+        The even part of the loss at ±h is a h²: h = √(0.002 |L|/a) by the curvature found so far.
+        Before one is found, h = 0.01 |L|/|b| by the slope. Otherwise, and for joint draws, whose
+        scale belongs to Algorithm 1, the current rate.
+
+        Args:
+          rates: η, (K,).
+          slope: b, (K,), where known.
+          value: the loss at the parameters.
+          expected: slope and curvature found so far, zero where there are none.
+        """
+        if self.design == "gaussian":
+            return rates
+        size = jnp.abs(value).astype(jnp.float32)
+        unknown = rates
+        if slope is not None:
+            steep = jnp.abs(slope).astype(jnp.float32)
+            unknown = jnp.where(steep > 0, _LINEAR_PART * size / jnp.where(steep > 0, steep, 1), 0)
+            unknown = jnp.clip(unknown, rates / _UNKNOWN_SCALE, rates * _UNKNOWN_SCALE)
+            unknown = jnp.where(steep > 0, unknown, rates)
+        seen = expected.curvature > 0
+        known = jnp.sqrt(_EVEN_PART * size / jnp.where(seen, expected.curvature, 1))
+        known = jnp.clip(known, rates / _SHORTEST, rates * _LONGEST)
+        return jnp.where(seen & (size > 0), known, jnp.where(size > 0, unknown, rates))
 
     def estimate(
         self,
@@ -84,19 +117,21 @@ class Probes:
         *,
         slope: jax.Array | None = None,
         value: jax.Array | None = None,
+        expected: Quadratic | None = None,
         batch: Any = None,
         step: jax.Array | int = 0,
     ) -> Measurement:
-        """Probes the loss at multiples of the current rates and fits slope and curvature.
+        """Probes the loss group by group, or jointly, and fits slope and curvature.
 
         Args:
           loss: params -> scalar. Called with parameters in float32 or wider.
           params: w.
           direction: u, like params.
           groups: the K groups.
-          rates: η, (K,), the scale of the offsets.
+          rates: η, (K,), the current rates.
           slope: b, (K,), where known from the gradient; fitted otherwise.
-          value: the loss at `params`, where known; evaluated with the probes otherwise.
+          value: the loss at `params`, where known; evaluated otherwise.
+          expected: what was found so far, which sets how far to probe; None: at the current rates.
           batch: not used, `loss` knows it.
           step: changes the gaussian draws from refresh to refresh.
 
@@ -104,34 +139,33 @@ class Probes:
           The measurement.
         """
         del batch
-        points = self.points(len(groups), step)
         if value is None:
-            points = jnp.concatenate([jnp.zeros_like(points[:1]), points])
-        offsets = points * rates
+            value = loss(groups.step(params, direction, jnp.zeros_like(rates)))
+        unit = rates if expected is None else self.reach(rates, slope, value, expected)
+        points = self.points(len(groups), step)
+        offsets = points * unit
         losses: jax.Array = evaluate(
             lambda offset: loss(groups.step(params, direction, offset)), offsets, self.batch_size
         )
         eps = jnp.finfo(losses.dtype).eps
         losses = losses.astype(wide(losses.dtype))
-        if value is None:
-            value, losses, points, offsets = losses[0], losses[1:], points[1:], offsets[1:]
         changes = losses - value.astype(losses.dtype)
-        scaled = self._fit(points, changes, slope, rates)
+        scaled = self._fit(points, changes, slope, unit)
         rounding = _RESOLUTION * float(eps) * self._largest(losses, value, len(groups))
         return Measurement(
-            quadratic=scaled.scaled(1 / rates),
+            quadratic=scaled.scaled(1 / unit),
             resolved=self._largest(changes, jnp.zeros(()), len(groups)) > rounding,
-            floor=rounding / rates**2,
+            floor=rounding / unit**2,
             offsets=offsets,
             changes=changes.astype(jnp.float32),
         )
 
     def _fit(
-        self, points: jax.Array, changes: jax.Array, slope: jax.Array | None, rates: jax.Array
+        self, points: jax.Array, changes: jax.Array, slope: jax.Array | None, unit: jax.Array
     ) -> Quadratic:
-        """The quadratic in units of the current rates."""
+        """The quadratic in units of the reach."""
         dtype = changes.dtype
-        known = None if slope is None else slope.astype(dtype) * rates.astype(dtype)
+        known = None if slope is None else slope.astype(dtype) * unit.astype(dtype)
         if self.design == "gaussian":
             fitted = fit_joint(points.astype(dtype), changes, known)
         else:
@@ -150,19 +184,19 @@ class Probes:
 
 def probes(
     design: Literal["axis", "gaussian"] = "axis",
-    per_group: int = 4,
+    per_group: int = 2,
     batch_size: int | None = None,
     seed: int = 0,
 ) -> Probes:
     """Slope and curvature from `per_group`·K evaluations of the loss, no differentiation.
 
     Args:
-      design: where to evaluate. "axis": one group at a time, at 1, −1, 2, −2, … times its current
-        rate; the fit of one group knows nothing of the others. "gaussian": all groups jointly, at
-        draws from N(0, η_k²) per group, as in the paper's Algorithm 1. There, the coupling between
-        groups is noise in the fit.
+      design: where to evaluate. "axis": one group at a time, at 1, −1, 2, −2, … times a reach at
+        which the loss changes by a few parts in a thousand; the fit of one group knows nothing of
+        the others. "gaussian": all groups jointly, at draws from N(0, η_k²) per group, as in the
+        paper's Algorithm 1. There, the coupling between groups is noise in the fit.
       per_group: evaluations per group: 2 or more to fit slope and curvature, 1 suffices where the
-        slope is known from the gradient.
+        slope is known from the gradient. The pair ±1 is free of the cubic error. 4 in the paper.
       batch_size: how many evaluations run at a time. None: all are vmapped, the fastest on an
         accelerator, at a peak memory of `per_group`·K copies of the parameters. n: n copies.
       seed: of the gaussian draws, which also depend on the step.

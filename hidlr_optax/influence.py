@@ -46,7 +46,8 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
       it, `optax.tree.get(opt_state, "group_learning_rates")`),
       `slope/…` (b, loss per unit learning rate), `curvature/…` (a, loss per unit learning rate
       squared), `influence/…` (PPI, loss per parameter) and `kept/…` (a `Kept`: 0 where the last
-      refresh set a new rate, else the reason why not). Beside them `refreshes`.
+      refresh set a new rate, else the reason why not). Beside them `refreshes` and `cuts`, how
+      often the guard stepped in.
 
     Raises:
       ValueError: there is no `HiDLRState` in the state, or more than one.
@@ -68,4 +69,5 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
         "kept": state.kept,
     }
     flat = {f"{field}/{name}": x for field, group in fields.items() for name, x in group.items()}
-    return {key: jnp.copy(_array(x)) for key, x in (flat | {"refreshes": state.refreshes}).items()}
+    totals = {"refreshes": state.refreshes, "cuts": state.cuts}
+    return {key: jnp.copy(_array(x)) for key, x in (flat | totals).items()}
