@@ -362,7 +362,7 @@ def text() -> Workload:
 
     text = " ".join(topics[name] for name in sorted(topics)).encode("ascii", "ignore")
     values, codes = np.unique(np.frombuffer(text, np.uint8), return_inverse=True)
-    length, width, heads = 32, 48, 4
+    length, width, heads = 32, 32, 4
     rows = codes[: len(codes) // (length + 1) * (length + 1)].reshape(-1, length + 1)
     splits = split(rows.astype(np.int32), limit=6400)
 
@@ -407,7 +407,7 @@ def text() -> Workload:
 
     rules = [("embed/.*", "embed"), ("head/.*", "head"), (".*norm.*", "norm"), (".*/bias", "bias")]
     groupings = {"layers": first_key, "roles": by_path(rules, "rest")}
-    return Workload(init, loss, splits, 16, 400, groupings)
+    return Workload(init, loss, splits, 16, 300, groupings)
 
 
 def _function(fn: Callable[[Any], jax.Array], start: dict[str, float], steps: int) -> Workload:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 from hidlr_optax._quadratic import Kept, Quadratic
 
+_SPREAD = 0.01, 100.0  # how far from the uniform rate a group's own may lie
+
 
 def vertices(quadratic: Quadratic, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The minimum b_k/a_k of each group's own parabola, and for which groups there is none.
@@ -188,13 +190,17 @@ class Coupled:
         inverse = jnp.where(moving, 1 / rates, 0)
         total = inverse @ matrix @ inverse
         uniform = jnp.maximum(b @ inverse, 0) / jnp.where(total > 0, total, 1)
+        lower, upper = jnp.full_like(b, 1 / self.max_change), jnp.full_like(b, self.max_change)
         x = minimise_in_box(
             b + self.shrinkage * a * uniform * inverse,
             matrix + self.shrinkage * jnp.diag(a),
-            jnp.full_like(b, 1 / self.max_change),
-            jnp.full_like(b, self.max_change),
+            lower,
+            upper,
         )
-        found = rates * x
+        # Within reach of the uniform rate, from where a group can come back; where the step of all
+        # together ascends, that is zero, and every rate falls.
+        least, most = (jnp.clip(edge * uniform * inverse, lower, upper) for edge in _SPREAD)
+        found = rates * jnp.clip(x, least, most)
         usable = jnp.isfinite(found) & (found > 0)
         kept = jnp.where(moving & ~usable, Kept.NON_FINITE, kept)
         return jnp.where(kept == Kept.NO, found, rates), kept.astype(jnp.int32)
@@ -245,7 +251,8 @@ def coupled(
 
     Minimises −bᵀη + ½ ηᵀAη over [η/max_change, η·max_change], after pulling every rate towards the
     uniform one, η_u = Σb/ΣA: b + s·diag(A)·η_u and A + s·diag(A). So a group whose own slope is
-    small or noise follows the others instead of sinking. A is made positive semi-definite first:
+    small or noise follows the others instead of sinking, and no rate goes beyond a hundredth or a
+    hundred times η_u. Where Σb ≤ 0, the step as a whole ascends and all rates fall. A is made positive semi-definite first:
     |a_k| on the diagonal, and the eigenvalues of its correlations clipped at zero. Where the
     estimator measures the diagonal alone, A is diagonal.
 

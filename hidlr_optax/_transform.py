@@ -25,6 +25,8 @@ from hidlr_optax.curvature import Estimator, Measurement, probes
 _START_PART = 1e-2  # of the loss: what the first step, by its slope alone, is to change it by
 _START_RANGE = 10.0  # how far from there an initial rate that was asked for may lie
 
+_LEAST_PART = 1e-6  # of the loss: a step that changes it by less is lost in float32
+
 
 class HiDLRState(NamedTuple):
     """State of `hidlr`: O(K) scalars, per-group ones in dicts keyed by label.
@@ -203,6 +205,19 @@ def _first_rates(rates: jax.Array, value: jax.Array, slope: jax.Array) -> jax.Ar
     return jnp.where(begun > 0, begun, 1e-3)
 
 
+def _afloat(refreshed: HiDLRState, rates: jax.Array, value: jax.Array, groups: Groups) -> jax.Array:
+    """The refreshed rates, (K,); not less than `rates` where these do nothing already.
+
+    A step that is to change the loss by less than a millionth of it, Σ |b_k| η_k + ½ a_k η_k², is
+    lost in float32. Smaller ones would teach nothing, and all rates together could sink for good.
+    """
+    slope, curvature = groups.pack(refreshed.slope), groups.pack(refreshed.curvature)
+    effect = jnp.sum(jnp.abs(slope) * rates + jnp.abs(curvature) * rates**2 / 2)
+    found = groups.pack(refreshed.group_learning_rates)
+    sunk = effect < _LEAST_PART * jnp.abs(value).astype(jnp.float32)
+    return jnp.where(sunk, jnp.maximum(found, rates), found)
+
+
 def _cut(rates: jax.Array, change: jax.Array, value: jax.Array, slope: Any, limit: float) -> Any:
     """What the guard multiplies the rates by, (): one, unless the step raises the loss too much.
 
@@ -221,8 +236,8 @@ def _cut(rates: jax.Array, change: jax.Array, value: jax.Array, slope: Any, limi
     curve = change + descent
     best = descent / (2 * jnp.where(curve > 0, curve, 1))
     best = jnp.where((descent > 0) & (curve > 0), jnp.clip(best, 0.1, 0.5), 0.5)
-    best = jnp.where(jnp.isfinite(change), best, 0.1)
-    return jnp.where(change <= limit * jnp.abs(value), 1.0, best)
+    best = jnp.where(change <= limit * jnp.abs(value), 1.0, best)
+    return jnp.where(jnp.isfinite(change), best, 0.1)
 
 
 def hidlr(
@@ -385,7 +400,7 @@ def hidlr(
             new = _refresh(scalars, rates, measured, groups, solver)
             if solver.max_rise is None:
                 return new
-            rates = groups.pack(new.group_learning_rates)
+            rates = _afloat(new, rates, at, groups)
             after = loss(groups.step(params, updates, rates))
             dtype = wide(after.dtype)
             change = (after.astype(dtype) - at.astype(dtype)).astype(jnp.float32)
