@@ -86,6 +86,10 @@ def make_tx(config: Config, params: Any) -> optax.GradientTransformation:
         hd.label_by_depth(params, config.groups),
         update_interval=config.interval,
         curvature=hd.probes(config.design, 4, config.batch_size),  # pyright: ignore[reportArgumentType]
+        # The paper's 4K evaluations, and nothing beside them.
+        slope="gradient",
+        solver=hd.diagonal(),
+        warmup=0,
     )
     return optax.chain(optax.adamw(1.0), rates)
 

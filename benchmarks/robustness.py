@@ -145,6 +145,7 @@ ABLATIONS: dict[str, Factory] = {
     "slope from the gradient": _hidlr(slope="gradient"),
     "Hessian": _hidlr(curvature=hd.hessian(batch_size=1)),
     "initial rates found": _hidlr(init_learning_rate=None),
+    "direction in bfloat16": _hidlr(lagged_dtype=jnp.bfloat16),
 }
 # What brings its own step. Schedule-free AdamW is not free of a rate: it is given the usual one.
 OTHERS: dict[str, Callable[[], optax.GradientTransformation]] = {

@@ -90,7 +90,12 @@ def methods(toy: Toy) -> dict[str, optax.GradientTransformation]:
     """Everything that is compared, except the grid."""
     shared: dict[str, Any] = {"init_learning_rate": 1e-4, "update_interval": 1}
     # Full gradients of a function that changes fast: nothing to average, and every step counts.
-    exact: dict[str, Any] = shared | {"solver": hd.diagonal(averaging=0.0, max_change=None)}
+    exact: dict[str, Any] = shared | {
+        "slope": "gradient",
+        "curvature": hd.probes(per_group=4),
+        "solver": hd.diagonal(averaging=0.0, max_change=None),
+        "warmup": 0,
+    }
     return {
         "Hi-DLR": optax.chain(optax.sgd(1.0), hd.hidlr(toy.fn, LABELS, **exact)),
         "Hi-DLR, Algorithm 1": optax.chain(

@@ -20,6 +20,14 @@ def _products(
     return evaluate(product, axes, batch_size)
 
 
+def _linearize(fn: Callable[[jax.Array], Any], rates: jax.Array, needs: str) -> tuple[Any, Any]:
+    """`jax.linearize` at no step; says what is needed where JAX cannot differentiate."""
+    try:
+        return jax.linearize(fn, jnp.zeros_like(rates))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"{needs}; JAX says: {error}. probes() evaluates only.") from error
+
+
 def _measurement(slope: jax.Array, matrix: jax.Array) -> Measurement:
     """From derivatives, where nothing is lost in the rounding of a difference of losses."""
     num_groups = len(slope)
@@ -58,10 +66,8 @@ class Hessian:
     ) -> Measurement:
         """The Hessian of x ↦ L(w + Σ x_k u_k) at zero, K tangents of its gradient."""
         del unused
-        gradient, product = jax.linearize(
-            jax.grad(lambda offset: loss(groups.step(params, direction, offset))),
-            jnp.zeros_like(rates),
-        )
+        along = jax.grad(lambda offset: loss(groups.step(params, direction, offset)))
+        gradient, product = _linearize(along, rates, "hessian() needs a twice differentiable loss")
         matrix = _products(product, len(groups), self.batch_size)
         return _measurement(-gradient if slope is None else slope, matrix)
 
@@ -95,10 +101,17 @@ class GaussNewton:
     ) -> Measurement:
         """The Hessian of x ↦ output_loss(o + Jx), outputs linear in the rates."""
         del loss, unused
-        outputs, product = jax.linearize(
+        outputs, product = _linearize(
             lambda offset: self.model_fn(groups.step(params, direction, offset), batch),
-            jnp.zeros_like(rates),
+            rates,
+            "gauss_newton() needs a model_fn that is differentiable in forward mode",
         )
+        found = jax.eval_shape(self.output_loss, outputs, batch)
+        if getattr(found, "shape", None) != () or not jnp.issubdtype(found.dtype, jnp.floating):
+            raise ValueError(
+                "output_loss(model_fn(params, batch), batch) has to be the loss, a real scalar; "
+                f"got {found}"
+            )
         tangents = _products(product, len(groups), self.batch_size)
 
         def linearised(offset: jax.Array) -> jax.Array:

@@ -252,9 +252,9 @@ def coupled(
     Minimises −bᵀη + ½ ηᵀAη over [η/max_change, η·max_change], after pulling every rate towards the
     uniform one, η_u = Σb/ΣA: b + s·diag(A)·η_u and A + s·diag(A). So a group whose own slope is
     small or noise follows the others instead of sinking, and no rate goes beyond a hundredth or a
-    hundred times η_u. Where Σb ≤ 0, the step as a whole ascends and all rates fall. A is made positive semi-definite first:
-    |a_k| on the diagonal, and the eigenvalues of its correlations clipped at zero. Where the
-    estimator measures the diagonal alone, A is diagonal.
+    hundred times η_u. Where Σb ≤ 0, the step as a whole ascends and all rates fall. A is made
+    positive semi-definite first: |a_k| on the diagonal, and the eigenvalues of its correlations
+    clipped at zero. Where the estimator measures the diagonal alone, A is diagonal.
 
     Args:
       shrinkage: s ≥ 0, the weight of the uniform rate. 0: none.
