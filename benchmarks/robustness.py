@@ -140,7 +140,9 @@ ABLATIONS: dict[str, Factory] = {
     "without shrinkage": _hidlr(solver=hd.coupled(shrinkage=0.0)),
     "without averaging": _hidlr(solver=hd.coupled(averaging=0.0)),
     "max_change 10": _hidlr(solver=hd.coupled(max_change=10.0)),
+    "shrinkage 1": _hidlr(solver=hd.coupled(shrinkage=1.0)),
     "without warm-up": _hidlr(warmup=0),
+    "warm-up of 10": _hidlr(warmup=10),
     "diagonal()": _hidlr(solver=hd.diagonal()),
     "slope from the gradient": _hidlr(slope="gradient"),
     "Hessian": _hidlr(curvature=hd.hessian(batch_size=1)),
@@ -313,11 +315,14 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def run(suite: str, path: Path, shard: tuple[int, int], seeds: range) -> None:
+def run(
+    suite: str, path: Path, shard: tuple[int, int], seeds: range, methods: list[str] | None
+) -> None:
     """Runs what is missing and appends it."""
     done = {_identity(row) for row in read(path)}
     index, count = shard
-    mine = [job for n, job in enumerate(jobs(suite)) if n % count == index]
+    chosen = [job for job in jobs(suite) if methods is None or job.key["method"] in methods]
+    mine = chosen[index::count]
     for job in tqdm(mine, desc=f"shard {index}/{count}"):
         for seed in seeds:
             key = job.key | {"seed": seed}
@@ -492,13 +497,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("robustness.jsonl"))
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th job, from the i-th")
+    parser.add_argument("--methods", nargs="*", help="run these alone; 'grid' is one of them")
     parser.add_argument("--report", action="store_true", help="run nothing, only report")
     parser.add_argument("--details", action="store_true", help="report every case")
     args = parser.parse_args()
     index, count = map(int, args.shard.split("/"))
     if not args.report:
         seeds = SEEDS if args.suite == "full" else range(1)
-        run(args.suite, args.out, (index, count), seeds)
+        run(args.suite, args.out, (index, count), seeds, args.methods)
     if count == 1 or args.report:
         report(args.out, args.figure, args.details)
 

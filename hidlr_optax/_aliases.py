@@ -82,7 +82,7 @@ def hiulr(
     curvature: Estimator = probes(),
     slope: Slope | None = "lagged",
     solver: Solver = coupled(),
-    warmup: int = 10,
+    warmup: int = 20,
     lagged_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """One rate for all parameters: Hi-ULR of the paper, which is GeN (arXiv 2407.02772).

@@ -250,7 +250,7 @@ def hidlr(
     curvature: Estimator = probes(),
     slope: Slope | None = "lagged",
     solver: Solver = coupled(),
-    warmup: int = 10,
+    warmup: int = 20,
     lagged_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Hessian-informed differential learning rates: one rate per group of parameters.
