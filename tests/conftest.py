@@ -8,6 +8,9 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_force_host_platform_device_count=8"
     + " --xla_cpu_use_fusion_emitters=false"  # compiles twice as fast, and compiling is most of it
 )
+# LAPACK's threads and XLA's wait for each other on a busy machine: a second, not milliseconds, for
+# one Cholesky factorisation of a thousand groups inside a scan.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 

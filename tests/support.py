@@ -3,13 +3,32 @@
 import jax
 import optax
 
+import hidlr_optax as hd
+
 try:
     from jax import enable_x64, shard_map
 except ImportError:  # the oldest jax that we support
     from jax.experimental import enable_x64
     from jax.experimental.shard_map import shard_map
 
-__all__ = ["enable_x64", "promoting", "shard_map"]
+__all__ = ["bare", "bare_ulr", "enable_x64", "promoting", "shard_map"]
+
+_BARE = {
+    "slope": None,
+    "solver": hd.diagonal(),
+    "curvature": hd.probes(per_group=4),
+    "warmup": 0,
+}
+
+
+def bare(loss_fn, param_labels, **kwargs):
+    """`hidlr` with one parabola per group and nothing around it: what is easy to predict."""
+    return hd.hidlr(loss_fn, param_labels, **_BARE | kwargs)
+
+
+def bare_ulr(loss_fn, **kwargs):
+    """`hiulr` likewise."""
+    return hd.hiulr(loss_fn, **_BARE | kwargs)
 
 
 def promoting(mode, tx):

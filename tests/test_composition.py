@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from support import enable_x64, promoting, shard_map
+from support import bare, bare_ulr, enable_x64, promoting, shard_map
 
 import hidlr_optax as hd
 
@@ -71,7 +71,14 @@ _EXACT = hd.diagonal(averaging=0.0, max_change=1e6)
 
 
 def _hidlr(loss_fn=_parabolas, labels=_LABELS, **kwargs):
-    return hd.hidlr(loss_fn, labels, **{"init_learning_rate": 0.1} | kwargs)
+    return bare(loss_fn, labels, **{"init_learning_rate": 0.1} | kwargs)
+
+
+def _default(loss_fn=_parabolas, labels=_LABELS, **kwargs):
+    return hd.hidlr(loss_fn, labels, **kwargs)
+
+
+_plain_and_default = pytest.mark.parametrize("rule", [_hidlr, _default], ids=["plain", "default"])
 
 
 def _rates(state):
@@ -170,12 +177,12 @@ def test_a_wrapper_that_changes_the_tree_is_told_to_go_inside(around):
 @pytest.mark.parametrize("around", [_AROUND["masked"], _AROUND["partition"]])
 def test_labels_that_fit_any_tree_do_not_hide_the_masks(around):
     with pytest.raises(ValueError, match="hidlr has to be outermost"):
-        around(hd.hiulr(_parabolas)).init(_PARAMS)
+        around(bare_ulr(_parabolas)).init(_PARAMS)
 
 
 @pytest.mark.parametrize("known", [{}, {"grad": _PARAMS}], ids=["no grad", "grad"])
 def test_flatten_around_labels_that_fit_any_tree_is_told_to_go_inside(known):
-    tx = optax.flatten(hd.hiulr(_parabolas))
+    tx = optax.flatten(bare_ulr(_parabolas))
     state = tx.init(_PARAMS)
     with pytest.raises((TypeError, ValueError, IndexError)) as raised:
         tx.update(_PARAMS, state, _PARAMS, batch=_BATCH, **known)
@@ -208,18 +215,28 @@ def test_a_schedule_inside_gives_the_updates_of_one_after():
 
 def test_injected_hyperparameters_can_be_changed_while_training():
     inject = optax.inject_hyperparams(hd.hidlr, ("loss_fn", "param_labels"))
-    tx = optax.chain(optax.sgd(1.0), inject(_parabolas, _LABELS, update_interval=100))
+    rule = inject(_parabolas, _LABELS, update_interval=100, warmup=2)
+    tx = optax.chain(optax.sgd(1.0), rule)
     step = jax.jit(_step(tx))
-    params, state = step(_PARAMS, tx.init(_PARAMS), _BATCH)
-    params, state = step(params, state, _BATCH)
-    assert optax.tree.get(state, "refreshes") == 1
-    state = optax.tree.set(state, update_interval=jnp.asarray(1))
-    _, state = step(params, state, _BATCH)
-    assert optax.tree.get(state, "refreshes") == 2
+    params, state, refreshes = _PARAMS, tx.init(_PARAMS), []
+    for hyperparams in (
+        {},
+        {},
+        {},
+        {"update_interval": 1},
+        {"update_interval": 100},
+        {"warmup": 9},
+    ):
+        state = optax.tree.set(state, **{name: jnp.asarray(x) for name, x in hyperparams.items()})
+        params, state = step(params, state, _BATCH)
+        refreshes.append(int(optax.tree.get(state, "refreshes")))
+    assert refreshes == [1, 2, 2, 3, 3, 4]
+    assert optax.tree.get(state, "schedule_factor") == np.float32(6 / 9)
 
 
-def test_conditionally_transform_leaves_the_rates_alone_until_the_condition_holds():
-    tx = optax.conditionally_transform(_hidlr(), lambda step, **_: step >= 1)
+@_plain_and_default
+def test_conditionally_transform_leaves_the_rates_alone_until_the_condition_holds(rule):
+    tx = optax.conditionally_transform(rule(), lambda step, **_: step >= 1)
     direction = _downhill()
     update = jax.jit(functools.partial(tx.update, batch=_BATCH, grad=_gradient()))
     first, state = update(direction, tx.init(_PARAMS), _PARAMS)
@@ -227,11 +244,14 @@ def test_conditionally_transform_leaves_the_rates_alone_until_the_condition_hold
     assert optax.tree.get(state, "refreshes") == 0
     second, state = update(direction, state, _PARAMS)
     assert optax.tree.get(state, "refreshes") == 1
-    np.testing.assert_allclose(second["w"], direction["w"] * _rates(state)["body"], rtol=1e-6)
+    rate = hd.metrics(state)["learning_rate/body"]
+    assert rate > 0
+    np.testing.assert_allclose(second["w"], direction["w"] * rate, rtol=1e-6)
 
 
-def test_apply_if_finite_skips_a_bad_gradient_and_goes_on():
-    tx = optax.apply_if_finite(optax.chain(optax.sgd(1.0), _hidlr()), 3)
+@_plain_and_default
+def test_apply_if_finite_skips_a_bad_gradient_and_goes_on(rule):
+    tx = optax.apply_if_finite(optax.chain(optax.sgd(1.0), rule()), 3)
     step = jax.jit(_step(tx))
     bad_batch = _BATCH | {"centre": jax.tree.map(lambda leaf: leaf * jnp.nan, _BATCH["centre"])}
     params, state = step(_PARAMS, tx.init(_PARAMS), _BATCH)
@@ -253,7 +273,7 @@ def test_a_refresh_costs_four_evaluations_per_group_and_the_value_if_it_is_not_g
     known, evaluations
 ):
     loss_fn, calls = _counted(_parabolas)
-    tx = _hidlr(loss_fn, curvature=hd.probes())
+    tx = _hidlr(loss_fn)
     free = {"value": _parabolas(_PARAMS, _BATCH), "grad": _gradient()}
     free = {name: free[name] for name in known}
     update = jax.jit(functools.partial(tx.update, batch=_BATCH, **free))
@@ -275,33 +295,38 @@ def test_refresh_false_leaves_the_rates_alone_and_evaluates_nothing():
     np.testing.assert_allclose(updates["v"], _PARAMS["v"] * 0.1, rtol=1e-6)
 
 
-def _accumulated_run(accumulate, every):
-    """Six mini-steps on different batches; also how often the loss was probed."""
+_EVALUATIONS = {_hidlr: 4 * 2, _default: 2 * 2 + 1}  # per refresh of two groups, value given
+
+
+def _accumulated_run(rule, accumulate, every):
+    """Six mini-steps on different batches; also how often the loss was probed, in refreshes."""
     loss_fn, calls = _counted(_parabolas)
-    rule = _hidlr(loss_fn, update_interval=1, curvature=hd.probes())
-    tx = _lenient(accumulate(_strict(optax.chain(optax.sgd(1.0), rule)), every))
+    tx = optax.chain(optax.sgd(1.0), rule(loss_fn, update_interval=1))
+    tx = _lenient(accumulate(_strict(tx), every))
     step = jax.jit(_step(tx))  # value and gradient come from the loss that does not count
     params, state = _PARAMS, tx.init(_PARAMS)
     for n in range(6):
         centre = jax.tree.map(lambda leaf, n=n: leaf + 0.1 * n, _BATCH["centre"])
         params, state = step(params, state, _BATCH | {"centre": centre})
     jax.effects_barrier()
-    return params, state, len(calls)
+    return params, state, len(calls) / _EVALUATIONS[rule]
 
 
-def test_multi_steps_equals_optax_but_probes_only_at_the_step_that_is_applied():
-    params, state, evaluations = _accumulated_run(hd.multi_steps, 3)
-    params_alone, state_alone, evaluations_alone = _accumulated_run(optax.MultiSteps, 3)
-    assert evaluations == 2 * 8
-    assert evaluations_alone == 6 * 8
+@_plain_and_default
+def test_multi_steps_equals_optax_but_probes_only_at_the_step_that_is_applied(rule):
+    params, state, refreshes = _accumulated_run(rule, hd.multi_steps, 3)
+    params_alone, state_alone, refreshes_alone = _accumulated_run(rule, optax.MultiSteps, 3)
+    assert refreshes == 2
+    assert refreshes_alone == 6
     assert optax.tree.get(state, "refreshes") == 2
     _assert_all_close(params, params_alone)
     _assert_all_close(_rates(state), _rates(state_alone))
 
 
-def test_multi_steps_follows_a_schedule_of_mini_steps():
-    *_, evaluations = _accumulated_run(hd.multi_steps, lambda step: jnp.where(step < 2, 1, 2))
-    assert evaluations == 4 * 8  # mini-steps 0, 1, 3 and 5
+@_plain_and_default
+def test_multi_steps_follows_a_schedule_of_mini_steps(rule):
+    *_, refreshes = _accumulated_run(rule, hd.multi_steps, lambda step: jnp.where(step < 2, 1, 2))
+    assert refreshes == 4  # mini-steps 0, 1, 3 and 5
 
 
 def test_multi_steps_hands_keywords_on_inside_a_chain():
@@ -328,7 +353,7 @@ def _poisoned(params, batch):
 @functools.cache
 def _poisoned_rule(design):
     """The transformation, its jitted update and the state after one clean refresh."""
-    rule = {"axis": hd.hidlr, "gaussian": hd.paper_hidlr}[design]
+    rule = {"axis": bare, "gaussian": hd.paper_hidlr}[design]
     tx = rule(_poisoned, {"x": "x", "y": "y"}, init_learning_rate=0.1, update_interval=1)
     update = jax.jit(tx.update)
     _, state = update(_DOWN, tx.init(_AT), _AT, batch=_NOWHERE)
@@ -350,14 +375,25 @@ def _assert_it_recovers(update, state, **known):
     assert all(np.isfinite(leaf) for leaf in jax.tree.leaves((updates, recovered)))
 
 
+def _reach(design, state):
+    """Joint draws are scaled by the rates; axis probes bend the loss at `_AT` by 0.002 of it."""
+    rates, curvature = (
+        np.array([float(group["x"]), float(group["y"])])
+        for group in (_rates(state), state.curvature)
+    )
+    if design == "gaussian":
+        return rates
+    return np.clip(np.sqrt(0.002 * (1.5 * 1 + 2.5 * 4) / curvature), rates / 10, rates * 30)
+
+
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("probe", range(-1, 8))  # −1 is the loss at the parameters
 @pytest.mark.parametrize("design", ["axis", "gaussian"])
 def test_one_bad_probe_keeps_every_rate_and_every_average(design, probe, poison):
     update, before = _poisoned_rule(design)
     points = hd.probes(design, per_group=4).points(2, before.count)
-    rates = jnp.stack([_rates(before)["x"], _rates(before)["y"]])
-    offset = points[probe] * rates if probe >= 0 else jnp.zeros(2)
+    reach = jnp.asarray(_reach(design, before), jnp.float32)
+    offset = points[probe] * reach if probe >= 0 else jnp.zeros(2)
     batch = {"point": jnp.array([1.0, 2.0]) - offset, "poison": jnp.float32(poison)}
     updates, state = update(_DOWN, before, _AT, batch=batch)
     _assert_nothing_was_learned(state, before)
@@ -430,8 +466,11 @@ def _network_batches(count, seed=0, examples=32):
     return x, jnp.sin(jnp.sum(x, axis=-1))
 
 
-def _network_tx(loss_fn=_network):
-    return optax.chain(_adam(), _hidlr(loss_fn, init_learning_rate=0.02, update_interval=2))
+def _network_tx(rule, loss_fn=_network):
+    kwargs = {"init_learning_rate": 0.02, "update_interval": 2}
+    if rule is _default:
+        kwargs |= {"warmup": 3}  # both steps with and without a refresh, in six
+    return optax.chain(_adam(), rule(loss_fn, **kwargs))
 
 
 def _run(step, params, state, batches):
@@ -440,23 +479,28 @@ def _run(step, params, state, batches):
     return params, state
 
 
-_network_step = jax.jit(_step(_network_tx(), _network))
+@functools.cache
+def _network_step(rule):
+    return jax.jit(_step(_network_tx(rule), _network))
 
 
 @functools.cache
-def _reference_run():
+def _reference_run(rule):
     params = _network_params()
-    return _run(_network_step, params, _network_tx().init(params), _network_batches(6))
+    return _run(_network_step(rule), params, _network_tx(rule).init(params), _network_batches(6))
 
 
-def test_the_run_the_others_are_compared_with_moves_the_rates():
-    _, state = _reference_run()
+@_plain_and_default
+def test_the_run_the_others_are_compared_with_moves_the_rates(rule):
+    _, state = _reference_run(rule)
+    assert optax.tree.get(state, "refreshes") == (4 if rule is _default else 3)
     assert set(_kept(state).values()) == {hd.Kept.NO}
     assert all(rate != np.float32(0.02) for rate in _rates(state).values())
 
 
-def test_scan_equals_the_loop():
-    tx = _network_tx()
+@_plain_and_default
+def test_scan_equals_the_loop(rule):
+    tx = _network_tx(rule)
     step = _step(tx, _network)
     params = _network_params()
 
@@ -467,11 +511,14 @@ def test_scan_equals_the_loop():
 
         return jax.lax.scan(body, (params, state), batches)[0]
 
-    _assert_all_close(train(params, tx.init(params), _network_batches(6)), _reference_run(), 1e-4)
+    _assert_all_close(
+        train(params, tx.init(params), _network_batches(6)), _reference_run(rule), 1e-4
+    )
 
 
-def test_vmap_over_runs_equals_each_run():
-    tx = _network_tx()
+@_plain_and_default
+def test_vmap_over_runs_equals_each_run(rule):
+    tx = _network_tx(rule)
     step = _step(tx, _network)
     runs = [(_network_params(seed), _network_batches(4, seed)) for seed in range(3)]
     params, batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *runs)
@@ -481,29 +528,31 @@ def test_vmap_over_runs_equals_each_run():
         batch = jax.tree.map(lambda leaf, n=n: leaf[:, n], batches)
         params, state = together(params, state, batch)
     for n, (one, its_batches) in enumerate(runs):
-        expected = _run(_network_step, one, tx.init(one), its_batches)
+        expected = _run(_network_step(rule), one, tx.init(one), its_batches)
         actual = jax.tree.map(lambda leaf, n=n: leaf[n], (params, state))
         _assert_all_close(actual, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_params_and_state_can_be_donated():
-    tx = _network_tx()
+@_plain_and_default
+def test_params_and_state_can_be_donated(rule):
+    tx = _network_tx(rule)
     params = _network_params()
     state = tx.init(params)
     step = jax.jit(_step(tx, _network), donate_argnums=(0, 1))
     donated = jax.tree.leaves((params, state[0], _rates(state)))
     result = _run(step, params, state, _network_batches(6))
     assert all(leaf.is_deleted() for leaf in donated)
-    _assert_all_equal(result, _reference_run())
+    _assert_all_equal(result, _reference_run(rule))
 
 
-def test_an_update_outside_jit_equals_the_jitted_one():
-    tx = _network_tx()
+@_plain_and_default
+def test_an_update_outside_jit_equals_the_jitted_one(rule):
+    tx = _network_tx(rule)
     params = _network_params()
     batch = jax.tree.map(lambda leaf: leaf[0], _network_batches(1))
     state = tx.init(params)
     eager = _step(tx, _network)(params, state, batch)
-    _assert_all_close(eager, _network_step(params, state, batch), rtol=1e-3)
+    _assert_all_close(eager, _network_step(rule)(params, state, batch), rtol=1e-3)
 
 
 # Precision.
@@ -522,7 +571,7 @@ def test_a_curvature_is_found_at_offsets_that_the_parameters_cannot_hold(dtype, 
     def loss(params):
         return jnp.sum((params.astype(jnp.float32) - centre) ** 2)
 
-    tx = hd.hidlr(None, "all", init_learning_rate=rate, slope=slope, solver=_EXACT)
+    tx = bare(None, "all", init_learning_rate=rate, slope=slope, solver=_EXACT)
     grad = jax.grad(loss)(params)
     _, state = tx.update(direction, tx.init(params), params, value_fn=loss, grad=grad)
     np.testing.assert_allclose(state.curvature["all"], 6.0, rtol=1e-2)
@@ -546,7 +595,7 @@ def test_a_value_less_precise_than_the_probes_is_not_trusted(params_dtype, value
         def loss(params):
             return jnp.sum(params**2)
 
-        tx = hd.hidlr(None, "all", init_learning_rate=0.1)
+        tx = bare(None, "all", init_learning_rate=0.1)
         update = jax.jit(functools.partial(tx.update, value_fn=loss))
         _, state = update(-params, tx.init(params), params)
         # The loss is 5: where it is trusted, this value misleads.
@@ -561,9 +610,10 @@ def _mesh():
     return jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
 
 
-def test_sharded_parameters_and_data_give_the_rates_of_one_device():
+@_plain_and_default
+def test_sharded_parameters_and_data_give_the_rates_of_one_device(rule):
     params, batches, mesh = _network_params(), _network_batches(6), _mesh()
-    tx = _network_tx()
+    tx = _network_tx(rule)
     layout = {"w": (None, "x"), "v": ("x",), "b": ()}
     put = {
         name: jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*layout[name])))
@@ -573,34 +623,36 @@ def test_sharded_parameters_and_data_give_the_rates_of_one_device():
     state = jax.device_put(tx.init(params), NamedSharding(mesh, PartitionSpec()))
     result, state = _run(jax.jit(_step(tx, _network)), put, state, data)
     assert len(result["w"].sharding.device_set) == 8
-    _assert_all_close((result, state), _reference_run(), rtol=1e-3, atol=1e-5)
+    _assert_all_close((result, state), _reference_run(rule), rtol=1e-3, atol=1e-5)
 
 
-def _shard_mapped(loss_fn, **kwargs):
+def _shard_mapped(rule, loss_fn, **kwargs):
     everywhere, split = PartitionSpec(), PartitionSpec("x")
     step = shard_map(
-        _step(_network_tx(loss_fn), loss_fn),
+        _step(_network_tx(rule, loss_fn), loss_fn),
         mesh=_mesh(),
         in_specs=(everywhere, everywhere, split),
         out_specs=(everywhere, everywhere),
         **kwargs,
     )
     params = _network_params()
-    state = _network_tx().init(params)
+    state = _network_tx(rule).init(params)
     return _run(jax.jit(step), params, state, _network_batches(6))
 
 
-def test_shard_map_with_pmean_in_the_loss_equals_one_device():
+@_plain_and_default
+def test_shard_map_with_pmean_in_the_loss_equals_one_device(rule):
     def loss_fn(params, batch):
         return jax.lax.pmean(_network(params, batch), "x")
 
-    _assert_all_close(_shard_mapped(loss_fn), _reference_run(), rtol=1e-3, atol=1e-5)
+    _assert_all_close(_shard_mapped(rule, loss_fn), _reference_run(rule), rtol=1e-3, atol=1e-5)
 
 
-def test_shard_map_without_pmean_is_an_error_and_replicas_do_not_drift_apart():
+@_plain_and_default
+def test_shard_map_without_pmean_is_an_error_and_replicas_do_not_drift_apart(rule):
     # Older versions of jax refuse before hidlr does, in value_and_grad.
     with pytest.raises((TypeError, ValueError), match=r"pmean on the loss|argument to vjp"):
-        _shard_mapped(_network)
+        _shard_mapped(rule, _network)
 
 
 # Libraries of layers.
@@ -637,7 +689,7 @@ def _nnx_step(model, optimizer, batch):
 def _nnx_model_and_optimizer():
     model = _NnxModel(nnx.Rngs(0))
     tx = optax.chain(
-        _adam(), hd.hidlr(None, hd.label_by_role, init_learning_rate=0.02, update_interval=2)
+        _adam(), bare(None, hd.label_by_role, init_learning_rate=0.02, update_interval=2)
     )
     return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
 
@@ -687,7 +739,7 @@ def test_a_linen_loop_with_batch_norm_and_dropout_learns():
     x, y = jax.tree.map(lambda leaf: leaf[0], _network_batches(1))
     variables = model.init(jax.random.key(0), x, train=False)
     params = variables["params"]
-    tx = optax.chain(_adam(), hd.hidlr(None, hd.label_by_role(params), update_interval=4))
+    tx = optax.chain(_adam(), bare(None, hd.label_by_role(params), update_interval=4))
 
     def loss_fn(params, statistics, key):
         out, changed = model.apply(
@@ -730,7 +782,7 @@ def test_an_equinox_model_is_split_into_arrays_and_the_rest():
         return jnp.mean((jax.vmap(eqx.combine(params, static))(x) - y) ** 2)
 
     labels = hd.label_by_path(params, [(".*/bias", "bias")], default="weight")
-    tx = optax.chain(_adam(), hd.hidlr(loss_fn, labels, init_learning_rate=0.02))
+    tx = optax.chain(_adam(), bare(loss_fn, labels, init_learning_rate=0.02))
     step = jax.jit(_step(tx, loss_fn))
     new_params, state = step(params, tx.init(params), batch)
     assert set(_kept(state).values()) == {hd.Kept.NO}
@@ -779,7 +831,7 @@ def test_fields_of_the_state_are_not_mistaken_for_those_of_others():
 
 
 def test_a_group_named_like_a_field_does_not_hide_it():
-    tx = hd.hidlr(_parabolas, {"w": "slope", "v": "kept", "b": "count"})
+    tx = bare(_parabolas, {"w": "slope", "v": "kept", "b": "count"})
     state = tx.init(_PARAMS)
     assert set(hd.metrics(state)) >= {"learning_rate/slope", "learning_rate/kept"}
 
@@ -804,7 +856,7 @@ _NO_HEAD = {"w": "body", "v": "head"}
 )
 def test_labels_that_do_not_match_are_refused(labels, message):
     with pytest.raises(ValueError, match=message):
-        hd.hidlr(_parabolas, labels).init(_PARAMS)
+        bare(_parabolas, labels).init(_PARAMS)
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, math.nan, math.inf])
@@ -827,7 +879,7 @@ def test_an_initial_rate_that_is_no_rate_is_refused(rule, rate):
 )
 def test_initial_rates_must_name_every_group_and_no_other(rates, message):
     with pytest.raises(ValueError, match=message):
-        hd.hidlr(_parabolas, _LABELS, init_learning_rate=rates).init(_PARAMS)
+        bare(_parabolas, _LABELS, init_learning_rate=rates).init(_PARAMS)
 
 
 @pytest.mark.parametrize(
@@ -846,13 +898,13 @@ def test_initial_rates_must_name_every_group_and_no_other(rates, message):
 )
 def test_arguments_out_of_range_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        hd.hidlr(_parabolas, _LABELS, **kwargs)
+        bare(_parabolas, _LABELS, **kwargs)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: hd.hidlr("loss", _LABELS), "loss_fn must be a callable .* got str"),
+        (lambda: bare("loss", _LABELS), "loss_fn must be a callable .* got str"),
         (lambda: hd.probes(per_group=0), "per_group must be 1 or more, got 0"),
         (lambda: hd.probes(batch_size=0), "batch_size must be 1 or more, .* got 0"),
         (lambda: hd.probes("grid"), "design must be .* got 'grid'"),
@@ -913,7 +965,7 @@ _REFUSED = {
 @pytest.mark.parametrize("case", _REFUSED.values(), ids=_REFUSED.keys())
 def test_an_update_that_cannot_work_is_refused_before_the_loss_is_evaluated(case):
     loss_fn, calls = (None, []) if case.loss_fn is None else _counted(case.loss_fn)
-    tx = hd.hidlr(loss_fn, _LABELS, **case.rule)
+    tx = bare(loss_fn, _LABELS, **case.rule)
     good = {"updates": _PARAMS, "params": _PARAMS, "batch": _BATCH, "grad": _PARAMS}
     call = good | case.call
     with pytest.raises(ValueError, match=case.message):

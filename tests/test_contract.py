@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from support import enable_x64, promoting
+from support import bare, enable_x64, promoting
 
 import hidlr_optax as hd
 
@@ -150,7 +150,7 @@ _DIVERGES = pytest.mark.xfail(
 )
 def test_training_converges_with_nothing_tuned_but_the_direction(direction, target, slope):
     target = target()
-    tx = optax.chain(direction, hd.hidlr(None, target.labels, slope=slope))
+    tx = optax.chain(direction, bare(None, target.labels, slope=slope))
     step = _train_step(tx, target.loss)
 
     @jax.jit
@@ -204,10 +204,11 @@ def test_inject_hyperparams_changes_nothing_without_jit():
     target = _parabola()
     plain = hd.hidlr(None, "all")
     injected = optax.inject_hyperparams(hd.hidlr, _LOSS_AND_LABELS)(None, "all")
+    grad = jax.grad(target.loss)(target.initial)
 
     def first_update(tx):
         state = tx.init(target.initial)
-        return tx.update(-target.initial, state, target.initial, value_fn=target.loss)
+        return tx.update(-grad, state, target.initial, value_fn=target.loss, grad=grad)
 
     updates, state = first_update(plain)
     injected_updates, injected_state = first_update(injected)
@@ -232,7 +233,9 @@ def test_map_params_leaves_the_state_as_it_is(rule, labels):
     state = tx.init(target.initial)
     doubled = optax.tree.map_params(tx, lambda leaf: leaf + 1, state)
     _assert_all_equal(doubled[0][0].trace, jax.tree.map(jnp.ones_like, target.initial))
-    _assert_all_equal(doubled[-1], state[-1])
+    # Of ours, the direction that "lagged" stores is like params; nothing else is.
+    direction = jax.tree.map(jnp.ones_like, state[-1].direction)
+    _assert_all_equal(doubled[-1], state[-1]._replace(direction=direction))
 
 
 # Types: of updates, and of the state.
@@ -261,7 +264,7 @@ def test_each_leaf_keeps_its_own_dtype():
         return sum(jnp.sum(leaf.astype(jnp.float32) ** 2) for leaf in params.values())
 
     grad = jax.grad(loss)(params)
-    tx = hd.hidlr(None, {name: name for name in dtypes})
+    tx = bare(None, {name: name for name in dtypes})
     direction = jax.tree.map(jnp.negative, grad)
     updates, _ = tx.update(direction, tx.init(params), params, value_fn=loss, grad=grad)
     assert {name: leaf.dtype for name, leaf in updates.items()} == dtypes
@@ -321,7 +324,10 @@ def test_the_state_keeps_its_types_whatever_the_dtypes_around_it(rule, dtype):
 
         params, state = target.initial, tx.init(target.initial)
         types = _leaf_types(state)
-        assert not any(weak or kind not in (jnp.int32, jnp.float32) for _, kind, weak in types)
+        # The direction that "lagged" stores is like params, all else is of one type.
+        others = _leaf_types(state[-1]._replace(direction=()))
+        assert not any(weak or kind not in (jnp.int32, jnp.float32) for _, kind, weak in others)
+        assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(state[-1].direction))
         for _ in range(2):
             params, state = step(params, state, jnp.asarray(True))
             assert params.dtype == dtype
@@ -332,7 +338,7 @@ def test_float64_parameters_are_fitted_in_float64():
     with enable_x64(True):
         target = _parabola("float64")
         # At a rate of 1e-6, the curvature moves the loss by 1e-11 of itself.
-        tx = hd.hidlr(None, "all", init_learning_rate=1e-6, slope="probes")
+        tx = bare(None, "all", init_learning_rate=1e-6, slope="probes")
         grad = jax.grad(target.loss)(target.initial)
         state = tx.init(target.initial)
         _, state = tx.update(-grad, state, target.initial, value_fn=target.loss)
@@ -387,7 +393,7 @@ def test_jit_does_not_change_the_types_of_the_state():
     mesh, ones = _explicitly_sharded()
     with jax.set_mesh(mesh):
         params = ones(jnp.float16)
-        tx = hd.hidlr(None, "all", init_learning_rate=0.1)
+        tx = bare(None, "all", init_learning_rate=0.1)
         update = functools.partial(tx.update, value_fn=_mean_square)
         eager, jitted = tx.init(params), jax.jit(tx.init)(params)
         assert jax.tree.map(jax.typeof, jitted) == jax.tree.map(jax.typeof, eager)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import lsq_linear
+from support import bare
 
 import hidlr_optax as hd
 from hidlr_optax._groups import Groups
@@ -228,6 +229,24 @@ def test_a_group_whose_slope_ascends_follows_the_others_instead_of_sinking():
     assert rates[1] > 0.05
 
 
+@pytest.mark.parametrize(
+    ("slope", "curvature", "factor"), [(1.0, 1e-9, 100.0), (1e-9, 1.0, 0.01), (-1e-9, 1.0, 0.01)]
+)
+def test_no_rate_goes_beyond_a_hundred_times_or_a_hundredth_of_the_uniform_one(
+    slope, curvature, factor
+):
+    found, kept = _run(_FREE, [1.0, slope], [1.0, curvature], None, [1.0, 1.0])
+    uniform = (1 + slope) / (1 + curvature)
+    # A slope that the box is too narrow for counts as a curvature: 2.5e-5 of it, at this width.
+    np.testing.assert_allclose(found, [1.0, factor * uniform], rtol=1e-3)
+    assert not kept.any()
+
+
+def test_all_rates_fall_as_far_as_they_may_where_the_step_as_a_whole_ascends():
+    found, _ = _run(hd.coupled(), [1.0, -2.0], [1.0, 1.0], None, [0.1, 0.3])
+    np.testing.assert_allclose(found, [0.05, 0.15], rtol=1e-6)
+
+
 def test_groups_that_are_not_trusted_keep_their_rates_and_do_not_disturb_the_others():
     kept = np.array([Kept.NO, Kept.UNRESOLVED])
     coupling = np.array([[0.0, 5.0], [5.0, 0.0]])
@@ -278,7 +297,7 @@ def test_one_coupled_step_reaches_the_minimum_along_the_group_steps(kind):
     params = {"v": jnp.array([1.0, -2.0]), "w": jnp.array([0.5, 3.0])}
     tx = optax.chain(
         optax.sgd(1.0),
-        hd.hidlr(
+        bare(
             _quadratic_loss,
             {"v": "v", "w": "w"},
             init_learning_rate=0.05,
@@ -302,7 +321,7 @@ def test_the_diagonal_solver_takes_a_full_matrix_and_uses_its_diagonal():
     params = {"v": jnp.array([1.0, 1.0]), "w": jnp.array([1.0, 1.0])}
     found = []
     for curvature in (hd.hessian(), hd.probes()):
-        tx = hd.hidlr(
+        tx = bare(
             _quadratic_loss,
             {"v": "v", "w": "w"},
             init_learning_rate=0.1,
@@ -313,14 +332,14 @@ def test_the_diagonal_solver_takes_a_full_matrix_and_uses_its_diagonal():
         direction = jax.tree.map(jnp.negative, grad)
         _, state = tx.update(direction, tx.init(params), params, batch=batch, grad=grad)
         found.append([float(rate) for rate in state.group_learning_rates.values()])
-    np.testing.assert_allclose(found[0], found[1], rtol=1e-3)
+    np.testing.assert_allclose(found[0], [0.5, 1 / 3], rtol=1e-5)
+    # At first, probes bend the loss by 5e-5 of itself, in which float32 leaves half a percent.
+    np.testing.assert_allclose(found[1], found[0], rtol=5e-3)
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_a_non_finite_curvature_keeps_every_rate(poison):
-    tx = hd.hidlr(
-        _quadratic_loss, {"v": "v", "w": "w"}, curvature=hd.hessian(), solver=hd.coupled()
-    )
+    tx = bare(_quadratic_loss, {"v": "v", "w": "w"}, curvature=hd.hessian(), solver=hd.coupled())
     params = {"v": jnp.ones(2), "w": jnp.ones(2)}
     state = tx.init(params)
     batch = jnp.eye(4).at[0, 0].set(poison)

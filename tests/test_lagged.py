@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from support import bare
 
 import hidlr_optax as hd
 
@@ -35,7 +36,7 @@ _BATCHES = [_batch(seed) for seed in range(4)]
 
 def _lagged(**kwargs):
     defaults = {"slope": "lagged", "init_learning_rate": 0.1, "update_interval": 1}
-    return hd.hidlr(_loss, _LABELS, **defaults | {"solver": _EXACT} | kwargs)
+    return bare(_loss, _LABELS, **defaults | {"solver": _EXACT} | kwargs)
 
 
 def _step(tx):
@@ -119,7 +120,7 @@ def test_the_slope_on_the_batch_of_the_direction_is_too_steep_and_the_lagged_one
         return jnp.sum(params["x"] ** 2) / 2 - batch @ params["x"]
 
     def final_rate(slope):
-        tx = hd.hidlr(noise, "all", slope=slope, init_learning_rate=0.1, update_interval=1)
+        tx = bare(noise, "all", slope=slope, init_learning_rate=0.1, update_interval=1)
 
         @jax.jit
         def run(key):
@@ -186,7 +187,8 @@ def test_the_direction_is_sharded_like_the_parameters():
         alone, alone_state = step(alone, alone_state, batch)
     assert state[1].direction["w"].sharding.is_equivalent_to(sharding, 2)
     for name, rate in _rates(alone_state).items():
-        np.testing.assert_allclose(_rates(state)[name], rate, rtol=1e-4)
+        # Sums in another order: rounding, over the 2e-3 of the loss that a pair of probes bends it.
+        np.testing.assert_allclose(_rates(state)[name], rate, rtol=1e-3)
 
 
 # What goes wrong.

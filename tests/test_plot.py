@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import bare
 
 import hidlr_optax as hd
 from hidlr_optax import plot
@@ -34,7 +35,7 @@ def test_learning_rates_draws_one_line_per_group_and_the_loss():
 
 
 def test_learning_rates_takes_what_metrics_returns():
-    state = hd.hidlr(None, {"w": "head"}, init_learning_rate=0.25).init({"w": jnp.ones(2)})
+    state = bare(None, {"w": "head"}, init_learning_rate=0.25).init({"w": jnp.ones(2)})
     (axes,) = plot.learning_rates([hd.metrics(state)] * 2).axes
     np.testing.assert_allclose(axes.lines[0].get_ydata(), [0.25, 0.25])
 

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from support import bare
 
 import hidlr_optax as hd
 
@@ -224,12 +225,15 @@ def test_suggest_refuses_bad_input(change, message):
 # Metrics.
 
 FIELDS = ("learning_rate", "slope", "curvature", "influence", "kept")
-KEYS = {f"{field}/{label}" for field in FIELDS for label in ("bias", "weight")} | {"refreshes"}
+KEYS = {f"{field}/{label}" for field in FIELDS for label in ("bias", "weight")} | {
+    "refreshes",
+    "cuts",
+}
 
 
 def hidlr(**kwargs):
     defaults = {"init_learning_rate": 0.1, "solver": hd.diagonal(averaging=0.0, max_change=None)}
-    return hd.hidlr(bowl, LABELS, **(defaults | kwargs))
+    return bare(bowl, LABELS, **(defaults | kwargs))
 
 
 WRAPPERS = {
@@ -255,7 +259,7 @@ def test_metrics_finds_the_state_at_any_depth(wrapper):
     found = hd.metrics(WRAPPERS[wrapper]().init(bowl_params()))
     assert set(found) == KEYS
     assert float(found["learning_rate/bias"]) == pytest.approx(0.1)
-    assert int(found["refreshes"]) == float(found["influence/bias"]) == 0
+    assert int(found["refreshes"]) == int(found["cuts"]) == float(found["influence/bias"]) == 0
 
 
 def test_metrics_finds_the_state_in_containers_of_any_kind():
@@ -316,7 +320,7 @@ def test_metrics_shows_the_rate_that_was_applied_schedule_included():
 def test_metrics_of_an_nnx_optimizer_are_plain_arrays(inside_jit):
     model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(
-        model, hd.hidlr(None, hd.label_by_role, init_learning_rate=0.5), wrt=nnx.Param
+        model, bare(None, hd.label_by_role, init_learning_rate=0.5), wrt=nnx.Param
     )
     if inside_jit:
         found = nnx.jit(lambda optimizer: hd.metrics(optimizer.opt_state))(optimizer)
