@@ -19,13 +19,9 @@ from hidlr_optax._checks import (
 )
 from hidlr_optax._groups import Groups, wide
 from hidlr_optax._quadratic import Kept, Quadratic, average, influence
+from hidlr_optax._safety import afloat, cut, first_rates
 from hidlr_optax._solvers import Solver, coupled
 from hidlr_optax.curvature import Estimator, Measurement, probes
-
-_START_PART = 1e-2  # of the loss: what the first step, by its slope alone, is to change it by
-_START_RANGE = 10.0  # how far from there an initial rate that was asked for may lie
-
-_LEAST_PART = 1e-6  # of the loss: a step that changes it by less is lost in float32
 
 
 class HiDLRState(NamedTuple):
@@ -185,59 +181,34 @@ def _at_start(measured: Measurement, travelled: jax.Array) -> Measurement:
     return measured._replace(quadratic=quadratic._replace(slope=quadratic.slope_at(-travelled)))
 
 
-def _first_rates(rates: jax.Array, value: jax.Array, slope: jax.Array) -> jax.Array:
-    """The rates to begin with, (K,), whatever was asked for.
+def _guarded(
+    refreshed: HiDLRState,
+    rates: jax.Array,
+    loss: Callable[[Any], jax.Array],
+    params: Any,
+    updates: Any,
+    value: jax.Array,
+    slope: jax.Array | None,
+    groups: Groups,
+    max_rise: float,
+) -> HiDLRState:
+    """The refreshed state, its rates neither lost nor such that the coming step does harm.
 
-    At one rate for all, the first step changes the loss by Σ|b_k| η to first order. The rate at
-    which that is a hundredth of the loss is small, but not lost in rounding: rates of zero become
-    it, others are brought within a factor ten of it.
-
-    Args:
-      rates: (K,), as asked for; zero where nothing was.
-      value: the loss.
-      slope: b, (K,).
+    The step is judged at full rates, as it will be after warm-up.
     """
-    steep = jnp.sum(jnp.abs(slope)).astype(jnp.float32)
-    found = _START_PART * jnp.abs(value).astype(jnp.float32) / steep
-    usable = jnp.isfinite(found) & (found > 0)
-    nearest = jnp.clip(rates, found / _START_RANGE, found * _START_RANGE)
-    begun = jnp.where(usable, jnp.where(rates > 0, nearest, found), rates)
-    return jnp.where(begun > 0, begun, 1e-3)
-
-
-def _afloat(refreshed: HiDLRState, rates: jax.Array, value: jax.Array, groups: Groups) -> jax.Array:
-    """The refreshed rates, (K,); not less than `rates` where these do nothing already.
-
-    A step that is to change the loss by less than a millionth of it, Σ |b_k| η_k + ½ a_k η_k², is
-    lost in float32. Smaller ones would teach nothing, and all rates together could sink for good.
-    """
-    slope, curvature = groups.pack(refreshed.slope), groups.pack(refreshed.curvature)
-    effect = jnp.sum(jnp.abs(slope) * rates + jnp.abs(curvature) * rates**2 / 2)
-    found = groups.pack(refreshed.group_learning_rates)
-    sunk = effect < _LEAST_PART * jnp.abs(value).astype(jnp.float32)
-    return jnp.where(sunk, jnp.maximum(found, rates), found)
-
-
-def _cut(rates: jax.Array, change: jax.Array, value: jax.Array, slope: Any, limit: float) -> Any:
-    """What the guard multiplies the rates by, (): one, unless the step raises the loss too much.
-
-    Then the minimum B/2C of the parabola −Bx + Cx² that has this slope, and at x = 1 this change,
-    within [0.1, 0.5]. Along a step that ascends there is none: a half; where the loss is not finite
-    any more, a tenth.
-
-    Args:
-      rates: η, (K,).
-      change: (), the loss after the step minus the loss.
-      value: (), the loss.
-      slope: b, (K,), along the step; None where it is not known.
-      limit: the rise, as a part of the loss, that is let pass.
-    """
-    descent = jnp.float32(0) if slope is None else slope.astype(jnp.float32) @ rates
-    curve = change + descent
-    best = descent / (2 * jnp.where(curve > 0, curve, 1))
-    best = jnp.where((descent > 0) & (curve > 0), jnp.clip(best, 0.1, 0.5), 0.5)
-    best = jnp.where(change <= limit * jnp.abs(value), 1.0, best)
-    return jnp.where(jnp.isfinite(change), best, 0.1)
+    quadratic = Quadratic(groups.pack(refreshed.slope), groups.pack(refreshed.curvature))
+    rates = afloat(groups.pack(refreshed.group_learning_rates), rates, quadratic, value)
+    after = loss(groups.step(params, updates, rates))
+    dtype = wide(after.dtype)
+    change = (after.astype(dtype) - value.astype(dtype)).astype(jnp.float32)
+    factor = cut(rates, change, value.astype(jnp.float32), slope, max_rise)
+    # A step that is not finite at any rate says nothing about the rates.
+    judged = jnp.isfinite(value) & jnp.all(jnp.isfinite(groups.inner(updates, updates)))
+    factor = jnp.where(judged, factor, 1.0)
+    return refreshed._replace(
+        group_learning_rates=groups.unpack(rates * factor),
+        cuts=refreshed.cuts + (factor < 1).astype(jnp.int32),
+    )
 
 
 def hidlr(
@@ -370,16 +341,14 @@ def hidlr(
         scalars = state._replace(direction=())
 
         def refreshed() -> HiDLRState:
-            at = (
-                value
-                if value is not None
-                else loss(groups.step(params, updates, jnp.zeros(len(groups))))
-            )
+            at = value
+            if at is None:
+                at = loss(groups.step(params, updates, jnp.zeros(len(groups))))
             present = None if grad is None else -groups.inner(grad, updates)
             taken = rates = groups.pack(state.group_learning_rates)
             if present is not None:
                 begins = (state.refreshes == 0) & (length > 0)
-                rates = jnp.where(begins, _first_rates(rates, at, present), rates)
+                rates = jnp.where(begins, first_rates(rates, at, present), rates)
             along = _previous(state, updates) if slope == "lagged" else updates
             known = None if grad is None or slope == "probes" else -groups.inner(grad, along)
             measured = curvature.estimate(
@@ -400,18 +369,7 @@ def hidlr(
             new = _refresh(scalars, rates, measured, groups, solver)
             if solver.max_rise is None:
                 return new
-            rates = _afloat(new, rates, at, groups)
-            after = loss(groups.step(params, updates, rates))
-            dtype = wide(after.dtype)
-            change = (after.astype(dtype) - at.astype(dtype)).astype(jnp.float32)
-            factor = _cut(rates, change, at.astype(jnp.float32), present, solver.max_rise)
-            # A step that is not finite at any rate says nothing about the rates.
-            judged = jnp.isfinite(at) & jnp.all(jnp.isfinite(groups.inner(updates, updates)))
-            factor = jnp.where(judged, factor, 1.0)
-            return new._replace(
-                group_learning_rates=groups.unpack(rates * factor),
-                cuts=new.cuts + (factor < 1).astype(jnp.int32),
-            )
+            return _guarded(new, rates, loss, params, updates, at, present, groups, solver.max_rise)
 
         due = ((state.count % interval == 0) | (state.count < length)) & jnp.asarray(refresh)
         new = _refresh_if(due, refreshed, scalars)

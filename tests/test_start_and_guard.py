@@ -12,10 +12,9 @@ from scipy.optimize import minimize
 from support import bare, enable_x64, promoting
 
 import hidlr_optax as hd
-from hidlr_optax._groups import Groups
 from hidlr_optax._quadratic import Kept, Quadratic
+from hidlr_optax._safety import afloat, cut, first_rates
 from hidlr_optax._solvers import minimise_in_box
-from hidlr_optax._transform import _afloat, _cut, _first_rates
 
 NAN, INF = math.nan, math.inf
 
@@ -68,7 +67,7 @@ def _first_rates_in_python(rates, value, slope):
     ],
 )
 def test_the_first_rates_are_those_of_plain_python(rates, value, slope):
-    found = jax.jit(_first_rates)(*map(jnp.float32, (rates, value, slope)))
+    found = jax.jit(first_rates)(*map(jnp.float32, (rates, value, slope)))
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, _first_rates_in_python(rates, value, slope), rtol=1e-6)
 
@@ -192,7 +191,7 @@ def test_the_lagged_slope_goes_back_by_the_rate_that_was_taken_not_by_the_one_pu
         del batch
         return 1 + params["x"] ** 2 / 2
 
-    tx = hd.hidlr(loss_fn, "all", init_learning_rate=0.9)
+    tx = hd.hidlr(loss_fn, "all", init_learning_rate=0.9, warmup=10)
     update = jax.jit(tx.update)
     params = {"x": jnp.ones(())}
     state = tx.init(params)
@@ -337,9 +336,9 @@ def _cut_in_numpy(rates, change, value, slope, limit):
 @pytest.mark.parametrize("change", [-1.0, 0.0, 0.1, 0.39, 0.41, 3.0, 1e30, NAN, INF, -INF])
 def test_the_cut_is_that_of_numpy(change, value, limit):
     rates = np.array([0.1, 0.3])
-    cut = jax.jit(functools.partial(_cut, limit=limit))
+    factor_of = jax.jit(functools.partial(cut, limit=limit))
     for slope in (None, [1.0, 1.0], [30.0, 1.0], [3.0, -0.5], [-3.0, 1.0], [0.0, 0.0], [NAN, 1.0]):
-        found = cut(
+        found = factor_of(
             jnp.float32(rates),
             jnp.float32(change),
             jnp.float32(value),
@@ -428,16 +427,9 @@ def test_cuts_are_counted():
 @pytest.mark.parametrize("scale", [1e-9, 1e-7, 1e-6, 1e-5, 1e-2])
 @pytest.mark.parametrize("slope", [[1.0, 2.0], [-1.0, 2.0], [0.0, 0.0]])
 def test_rates_too_small_to_change_the_loss_do_not_fall(slope, scale, value):
-    params = {"x": jnp.zeros(()), "y": jnp.zeros(())}
-    state = hd.hidlr(None, {"x": "x", "y": "y"}).init(params)
-    groups = Groups.of({"x": "x", "y": "y"}, params)
     curvature, rates, new = [0.5, -30.0], [scale, 3 * scale], [2 * scale, scale]
-    refreshed = state._replace(
-        group_learning_rates=groups.unpack(jnp.float32(new)),
-        slope=groups.unpack(jnp.float32(slope)),
-        curvature=groups.unpack(jnp.float32(curvature)),
-    )
-    found = _afloat(refreshed, jnp.float32(rates), jnp.float32(value), groups)
+    quadratic = hd.Quadratic(jnp.float32(slope), jnp.float32(curvature))
+    found = afloat(jnp.float32(new), jnp.float32(rates), quadratic, jnp.float32(value))
     effect = sum(
         abs(b) * rate + abs(a) * rate**2 / 2
         for a, b, rate in zip(curvature, slope, rates, strict=True)
