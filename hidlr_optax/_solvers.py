@@ -58,14 +58,12 @@ def minimise_diagonal(
     return jnp.where(kept == Kept.NO, best, rates), kept.astype(jnp.int32)
 
 
-def _positive(coupling: jax.Array | None, diagonal: jax.Array) -> jax.Array:
+def _positive(coupling: jax.Array, diagonal: jax.Array) -> jax.Array:
     """The nearest positive semi-definite A with this diagonal, (K,) > 0, in correlations.
 
     Eigenvalues of the correlation matrix are clipped at zero and its diagonal is set to one again.
     """
     scale = jnp.sqrt(diagonal)
-    if coupling is None:
-        return jnp.diag(diagonal)
     correlation = coupling / scale[:, None] / scale + jnp.eye(len(diagonal), dtype=diagonal.dtype)
     values, vectors = jnp.linalg.eigh(correlation)
     correlation = (vectors * jnp.maximum(values, 0)) @ vectors.T
@@ -185,18 +183,18 @@ class Coupled:
         if coupling is not None:
             coupling = jnp.where(moving[:, None] & moving, coupling, 0)
         b = jnp.where(moving, local.slope, 0)
-        matrix = _positive(coupling, a)
+        matrix = None if coupling is None else _positive(coupling, a)
         # Both sums in learning rates of one: the uniform rate is one rate, not one factor.
         inverse = jnp.where(moving, 1 / rates, 0)
-        total = inverse @ matrix @ inverse
+        total = a @ inverse**2 if matrix is None else inverse @ matrix @ inverse
         uniform = jnp.maximum(b @ inverse, 0) / jnp.where(total > 0, total, 1)
         lower, upper = jnp.full_like(b, 1 / self.max_change), jnp.full_like(b, self.max_change)
-        x = minimise_in_box(
-            b + self.shrinkage * a * uniform * inverse,
-            matrix + self.shrinkage * jnp.diag(a),
-            lower,
-            upper,
-        )
+        target = b + self.shrinkage * a * uniform * inverse
+        pull = self.shrinkage * a
+        if matrix is None:
+            x = jnp.clip(target / (a + pull), lower, upper)
+        else:
+            x = minimise_in_box(target, matrix + jnp.diag(pull), lower, upper)
         # Within reach of the uniform rate, from where a group can come back; where the step of all
         # together ascends, that is zero, and every rate falls.
         least, most = (jnp.clip(edge * uniform * inverse, lower, upper) for edge in _SPREAD)
