@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from rivals import gen_hidlr
 from tqdm import tqdm
@@ -411,6 +412,26 @@ def on(found: dict[str, list[Outcome]], keep: Callable[[tuple[Any, ...]], bool])
     return {method: results for method, results in chosen.items() if results}
 
 
+def _short(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 100 else f"{ratio:.0e}" if np.isfinite(ratio) else "∞"
+
+
+def against_one_rate(found: dict[str, list[Outcome]]) -> str:
+    """Markdown: the test loss with K rates over that with one, per workload."""
+    one = {outcome.case: outcome.test for outcome in found["Hi-ULR"]}
+    ratios = collections.defaultdict(list)
+    for outcome in found["hidlr"]:
+        if outcome.case in one:
+            for name in (outcome.case[0], "all"):
+                ratios[name].append(outcome.test / one[outcome.case])
+    lines = ["| workload | K rates over one rate: median | least | most |", "|---|---|---|---|"]
+    for name, values in ratios.items():
+        lines.append(
+            f"| {name} | {np.median(values):.2f} | {min(values):.2f} | {max(values):.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def by_case(rows: list[dict[str, Any]], found: dict[str, list[Outcome]]) -> str:
     """Markdown, one line per case: the default rule, one rate, and the grid's choice."""
     best = best_of_grid(rows)
@@ -425,28 +446,38 @@ def by_case(rows: list[dict[str, Any]], found: dict[str, list[Outcome]]) -> str:
         rate, schedule = best[workload, optimizer]["setting"]
         cells = [workload, optimizer, str(interval), f"{scale:g}×", f"{rate:.2g} {schedule}"]
         here = [ratios[name].get(case) for name in methods]
-        cells += [f"{x.test:.2f} ({x.train:.2f})" if x else "" for x in here]
+        cells += [f"{_short(x.test)} ({_short(x.train)})" if x else "" for x in here]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def profile(panels: dict[str, dict[str, list[Outcome]]]) -> Figure:
     """The share of cases whose test loss is within a factor of the tuned one."""
-    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
     factors = np.logspace(np.log10(0.7), np.log10(5), 300)
     axes = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))  # pyright: ignore[reportCallIssue, reportArgumentType]
+    colours = colormaps["tab20"].colors  # pyright: ignore[reportAttributeAccessIssue]
+    names = list(dict.fromkeys(name for found in panels.values() for name in found))
     for axis, (title, found) in zip(axes, panels.items(), strict=True):
         for method, results in found.items():
             ratios = np.array([outcome.test for outcome in results])
-            share = [np.mean(ratios <= factor) for factor in factors]
-            width = 2.5 if method.startswith("hidlr") else 1.2
-            axis.plot(factors, share, label=method, linewidth=width)
+            ours = method.startswith("hidlr")
+            axis.plot(
+                factors,
+                [np.mean(ratios <= factor) for factor in factors],
+                label=method,
+                color=colours[names.index(method)],
+                linewidth=2.5 if ours else 1.3,
+                linestyle="-" if ours else "--",
+            )
         axis.axvline(1, color="grey", linewidth=0.8, linestyle=":")
-        axis.set(xscale="log", xlabel="test loss / that of the tuned grid", title=title)
+        axis.set(xscale="log", xlabel="test loss over that of the tuned grid", title=title)
         axis.set_xticks([0.7, 1, 1.5, 2, 3, 5], ["0.7", "1", "1.5", "2", "3", "5"])
         axis.minorticks_off()
-        axis.legend(fontsize=8, loc="lower right")
     axes[0].set_ylabel("share of the cases")
+    lines = {line.get_label(): line for axis in axes for line in axis.lines[: len(names)]}
+    lines = {name: lines[name] for name in names}
+    figure.legend(lines.values(), lines.keys(), loc="outside right", fontsize=8)  # pyright: ignore[reportArgumentType, reportCallIssue]
     return figure
 
 
@@ -472,22 +503,24 @@ def report(path: Path, figure: Path | None, details: bool) -> None:
     found = outcomes(rows)
     rules = {name: found[name] for name in RULES if name in found}
     print("All cases, loss over that of the tuned grid:\n")
-    print(table(rules, [row for row in rows if row["workload"] not in TOYS]))
+    real = [row for row in rows if row["workload"] not in TOYS]
+    print(table(rules, real))
     adamw = on(found, lambda case: case[1] in (None, "AdamW"))
     adamw = {name: adamw[name] for name in (*RULES, *OTHERS) if name in adamw}
     print("\nAdamW as the direction, beside what needs no learning rate:\n")
-    print(table(adamw, []))
+    print(table(adamw, [row for row in real if row.get("optimizer", "AdamW") == "AdamW"]))
     ablated = {x.case for name in ABLATIONS for x in found.get(name, [])}
     if ablated:
         names = ["hidlr", *(name for name in ABLATIONS if name in found)]
         print("\nThe half of the cases on which one part at a time was taken away or changed:\n")
-        print(table(on({n: found[n] for n in names}, ablated.__contains__), rows))
-    if any(row["workload"] in TOYS for row in rows) and details:
-        print("\n" + toys(rows))
+        same = [row for row in rows if _identity(row)[1:-1] in ablated]
+        print(table(on({n: found[n] for n in names}, ablated.__contains__), same))
     if details:
-        print("\n" + by_case(rows, found))
+        print("\n" + against_one_rate(found), toys(rows), by_case(rows, found), sep="\n\n")
     if figure is not None:
-        profile({"all cases": rules, "AdamW": adamw}).savefig(figure, dpi=150)
+        profile({f"all {len(rules['hidlr'])} cases": rules, "AdamW alone": adamw}).savefig(
+            figure, dpi=150
+        )
 
 
 def main() -> None:
