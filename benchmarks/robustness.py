@@ -82,7 +82,10 @@ def _pairs(case: tuple[Any, ...]) -> set[Any]:
 
 
 def decay(name: str | None, steps: int) -> optax.Schedule | None:
-    """From one to zero over a run."""
+    """From one to zero over a run, "restarts" twice."""
+    if name == "restarts":
+        cycle = optax.cosine_decay_schedule(1.0, steps // 2)
+        return optax.join_schedules([cycle, cycle], [steps // 2])
     if name == "linear":
         return optax.linear_schedule(1.0, 0.0, steps)
     return optax.cosine_decay_schedule(1.0, steps) if name == "cosine" else None
@@ -148,6 +151,7 @@ ABLATIONS: dict[str, Factory] = {
     "slope from the gradient": _hidlr(slope="gradient"),
     "Hessian": _hidlr(curvature=hd.hessian(batch_size=1)),
     "initial rates found": _hidlr(init_learning_rate=None),
+    "cosine, one restart": _hidlr("restarts"),
     "direction in bfloat16": _hidlr(lagged_dtype=jnp.bfloat16),
 }
 # What brings its own step. Schedule-free AdamW is not free of a rate: it is given the usual one.
@@ -511,7 +515,8 @@ def report(path: Path, figure: Path | None, details: bool) -> None:
     print(table(adamw, [row for row in real if row.get("optimizer", "AdamW") == "AdamW"]))
     ablated = {x.case for name in ABLATIONS for x in found.get(name, [])}
     if ablated:
-        names = ["hidlr", *(name for name in ABLATIONS if name in found)]
+        whole = ("hidlr", "hidlr, linear", "hidlr, cosine")
+        names = [name for name in (*whole, *ABLATIONS) if name in found]
         print("\nThe half of the cases on which one part at a time was taken away or changed:\n")
         same = [row for row in rows if _identity(row)[1:-1] in ablated]
         print(table(on({n: found[n] for n in names}, ablated.__contains__), same))
