@@ -495,9 +495,11 @@ def toys(rows: list[dict[str, Any]]) -> str:
     lines = ["| function | direction | tuned | " + " | ".join(RULES) + " |"]
     lines.append("|---" * (3 + len(RULES)) + "|")
     for name, optimizer in itertools.product(TOYS, OPTIMIZERS):
-        losses = [_mean(runs[name, optimizer, method], "train") for method in RULES]
-        cells = [name, optimizer, f"{best[name, optimizer]['train']:.3g}"]
-        lines.append("| " + " | ".join([*cells, *(f"{x:.3g}" for x in losses)]) + " |")
+        if (name, optimizer) in best:
+            repeats = [runs[name, optimizer, method] for method in RULES]
+            losses = [f"{_mean(rows, 'train'):.3g}" if rows else "" for rows in repeats]
+            cells = [name, optimizer, f"{best[name, optimizer]['train']:.3g}", *losses]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
