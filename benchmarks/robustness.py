@@ -108,7 +108,7 @@ def _hidlr(schedule: str | None = None, one: bool = False, **settings: Any) -> F
 
 
 def _held_out(workload: Workload, labels: Any, rate: Any, interval: Any) -> Any:
-    """Slope and curvature from probes of validation batches, which the rule sees anyway."""
+    """Slope and curvature from probes of validation batches, by which the grid is chosen too."""
     rule = _hidlr(slope="probes")(workload, labels, rate, interval)
     held_out = workload._replace(splits={"train": workload.splits["validation"]})
 
@@ -164,20 +164,27 @@ OTHERS: dict[str, Callable[[], optax.GradientTransformation]] = {
 
 
 class Job(NamedTuple):
-    """Some runs that share one compilation; `runs` are the keys of their lines."""
+    """Some runs that share one compilation."""
 
-    key: dict[str, Any]
+    key: dict[str, Any]  # what their lines have in common, beside the seed
     execute: Callable[[int], list[dict[str, Any]]]  # seed -> results
 
 
 @functools.cache
-def load(name: str) -> Workload:
-    """A workload; the two latest, since their data are held in memory."""
-    return WORKLOADS[name]()
+def load(name: str, steps: int | None) -> Workload:
+    """A workload, its runs cut to `steps` where that is a number."""
+    workload = WORKLOADS[name]()
+    return workload if steps is None else workload._replace(steps=steps)
+
+
+def last(state: Any, params: Any) -> Any:
+    """The parameters of the last step, which all but schedule-free optimizers are judged by."""
+    del state
+    return params
 
 
 def train(
-    workload: Workload, tx: Any, key: jax.Array, steps: int, evaluated: Callable[..., Any]
+    workload: Workload, tx: Any, key: jax.Array, evaluated: Callable[[Any, Any], Any] = last
 ) -> tuple[dict[str, jax.Array], Any]:
     """One run -> the loss on each split and the optimizer state."""
     tx = optax.with_extra_args_support(tx)
@@ -191,7 +198,7 @@ def train(
         updates, state = tx.update(grads, state, params, batch=batch, value=loss, grad=grads)
         return (optax.apply_updates(params, updates), state), None
 
-    keys = jax.random.split(batch_key, steps)
+    keys = jax.random.split(batch_key, workload.steps)
     (params, state), _ = jax.lax.scan(step, (params, tx.init(params)), keys)
     final = evaluated(state, params)
     losses = {name: workload.loss(final, batch) for name, batch in workload.splits.items()}
@@ -215,13 +222,12 @@ def grid_job(name: str, optimizer: str, schedule: str, steps: int | None) -> Job
 
     @functools.cache
     def compiled() -> Any:
-        workload = load(name)
-        length = steps or workload.steps
-        shape = decay(schedule, length) or optax.constant_schedule(1.0)
+        workload = load(name, steps)
+        shape = decay(schedule, workload.steps) or optax.constant_schedule(1.0)
 
         def run(rate: jax.Array, key: jax.Array) -> Any:
             parts = OPTIMIZERS[optimizer](), optax.scale_by_schedule(shape), optax.scale(rate)
-            return train(workload, optax.chain(*parts), key, length, lambda _, params: params)[0]
+            return train(workload, optax.chain(*parts), key)[0]
 
         return jax.jit(jax.vmap(run, in_axes=(0, None)))
 
@@ -239,15 +245,14 @@ def case_job(method: str, factory: Factory, case: Case, steps: int | None) -> Jo
 
     @functools.cache
     def compiled() -> Any:
-        workload = load(case.workload)
+        workload = load(case.workload, steps)
         groupings = list(workload.groupings.values())
         labels = groupings[case.grouping % len(groupings)]
 
         def run(rate: jax.Array, key: jax.Array) -> Any:
             rule = factory(workload, labels, rate, case.interval)
             tx = optax.chain(OPTIMIZERS[case.optimizer](), rule)
-            length = steps or workload.steps
-            losses, state = train(workload, tx, key, length, lambda _, params: params)
+            losses, state = train(workload, tx, key)
             return losses, optax.tree.get(state, "cuts", jnp.zeros((), jnp.int32))
 
         return jax.jit(run)
@@ -265,17 +270,10 @@ def other_job(method: str, name: str, steps: int | None) -> Job:
 
     @functools.cache
     def compiled() -> Any:
-        workload = load(name)
-        evaluated = (
-            optax.contrib.schedule_free_eval_params
-            if "schedule-free" in method
-            else lambda _, params: params
-        )
-        return jax.jit(
-            lambda key: train(workload, OTHERS[method](), key, steps or workload.steps, evaluated)[
-                0
-            ]
-        )
+        workload = load(name, steps)
+        averaged = "schedule-free" in method
+        evaluated = optax.contrib.schedule_free_eval_params if averaged else last
+        return jax.jit(lambda key: train(workload, OTHERS[method](), key, evaluated)[0])
 
     def execute(seed: int) -> list[dict[str, Any]]:
         return [_plain(compiled()(jax.random.key(seed)))]
@@ -445,7 +443,7 @@ def by_case(rows: list[dict[str, Any]], found: dict[str, list[Outcome]]) -> str:
         "|---" * (5 + len(methods)) + "|",
     ]
     ratios = {name: {x.case: x for x in found[name]} for name in methods}
-    for case, _ in ratios["hidlr"].items():
+    for case in ratios["hidlr"]:
         workload, optimizer, _, _, interval, scale = case
         rate, schedule = best[workload, optimizer]["setting"]
         cells = [workload, optimizer, str(interval), f"{scale:g}×", f"{rate:.2g} {schedule}"]
@@ -497,7 +495,7 @@ def toys(rows: list[dict[str, Any]]) -> str:
     for name, optimizer in itertools.product(TOYS, OPTIMIZERS):
         if (name, optimizer) in best:
             repeats = [runs[name, optimizer, method] for method in RULES]
-            losses = [f"{_mean(rows, 'train'):.3g}" if rows else "" for rows in repeats]
+            losses = [f"{_mean(same, 'train'):.3g}" if same else "" for same in repeats]
             cells = [name, optimizer, f"{best[name, optimizer]['train']:.3g}", *losses]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -99,9 +99,9 @@ class Probes:
         unknown = rates
         if slope is not None:
             steep = jnp.abs(slope).astype(jnp.float32)
-            unknown = jnp.where(steep > 0, _LINEAR_PART * size / jnp.where(steep > 0, steep, 1), 0)
-            unknown = jnp.clip(unknown, rates / _UNKNOWN_SCALE, rates * _UNKNOWN_SCALE)
-            unknown = jnp.where(steep > 0, unknown, rates)
+            linear = _LINEAR_PART * size / jnp.where(steep > 0, steep, 1)
+            linear = jnp.clip(linear, rates / _UNKNOWN_SCALE, rates * _UNKNOWN_SCALE)
+            unknown = jnp.where(steep > 0, linear, rates)
         seen = expected.curvature > 0
         known = jnp.sqrt(_EVEN_PART * size / jnp.where(seen, expected.curvature, 1))
         known = jnp.clip(known, rates / _SHORTEST, rates * _LONGEST)

@@ -11,7 +11,7 @@ except ImportError:  # the oldest jax that we support
     from jax.experimental import enable_x64
     from jax.experimental.shard_map import shard_map
 
-__all__ = ["bare", "bare_ulr", "enable_x64", "promoting", "shard_map"]
+__all__ = ["bare", "bare_ulr", "counted", "enable_x64", "promoting", "shard_map"]
 
 _BARE = {
     "slope": None,
@@ -45,3 +45,15 @@ def promoting(mode, tx):
             return tx.update(*args, **kwargs)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def counted(loss_fn):
+    """The loss, and a list that grows by one whenever it is evaluated at run time."""
+    calls = []
+
+    def counting(params, batch):
+        value = loss_fn(params, batch)
+        jax.debug.callback(lambda value: calls.append(value), value)
+        return value
+
+    return counting, calls

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from support import bare, bare_ulr, enable_x64, promoting, shard_map
+from support import bare, bare_ulr, counted, enable_x64, promoting, shard_map
 
 import hidlr_optax as hd
 
@@ -105,18 +105,6 @@ def _assert_all_equal(actual, desired):
 def _assert_all_close(actual, desired, rtol=1e-5, atol=0.0):
     close = functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol)
     jax.tree.map(close, actual, desired)
-
-
-def _counted(loss_fn):
-    """The loss, and a list that grows by one whenever it is evaluated at run time."""
-    calls = []
-
-    def counted(params, batch):
-        value = loss_fn(params, batch)
-        jax.debug.callback(lambda value: calls.append(value), value)
-        return value
-
-    return counted, calls
 
 
 # Directions before hidlr.
@@ -272,7 +260,7 @@ def test_apply_if_finite_skips_a_bad_gradient_and_goes_on(rule):
 def test_a_refresh_costs_four_evaluations_per_group_and_the_value_if_it_is_not_given(
     known, evaluations
 ):
-    loss_fn, calls = _counted(_parabolas)
+    loss_fn, calls = counted(_parabolas)
     tx = _hidlr(loss_fn)
     free = {"value": _parabolas(_PARAMS, _BATCH), "grad": _gradient()}
     free = {name: free[name] for name in known}
@@ -285,7 +273,7 @@ def test_a_refresh_costs_four_evaluations_per_group_and_the_value_if_it_is_not_g
 
 
 def test_refresh_false_leaves_the_rates_alone_and_evaluates_nothing():
-    loss_fn, calls = _counted(_parabolas)
+    loss_fn, calls = counted(_parabolas)
     tx = _hidlr(loss_fn)
     update = jax.jit(functools.partial(tx.update, batch=_BATCH))
     updates, state = update(_PARAMS, tx.init(_PARAMS), _PARAMS, refresh=jnp.asarray(False))
@@ -300,7 +288,7 @@ _EVALUATIONS = {_hidlr: 4 * 2, _default: 2 * 2 + 1}  # per refresh of two groups
 
 def _accumulated_run(rule, accumulate, every):
     """Six mini-steps on different batches; also how often the loss was probed, in refreshes."""
-    loss_fn, calls = _counted(_parabolas)
+    loss_fn, calls = counted(_parabolas)
     tx = optax.chain(optax.sgd(1.0), rule(loss_fn, update_interval=1))
     tx = _lenient(accumulate(_strict(tx), every))
     step = jax.jit(_step(tx))  # value and gradient come from the loss that does not count
@@ -964,7 +952,7 @@ _REFUSED = {
 
 @pytest.mark.parametrize("case", _REFUSED.values(), ids=_REFUSED.keys())
 def test_an_update_that_cannot_work_is_refused_before_the_loss_is_evaluated(case):
-    loss_fn, calls = (None, []) if case.loss_fn is None else _counted(case.loss_fn)
+    loss_fn, calls = (None, []) if case.loss_fn is None else counted(case.loss_fn)
     tx = bare(loss_fn, _LABELS, **case.rule)
     good = {"updates": _PARAMS, "params": _PARAMS, "batch": _BATCH, "grad": _PARAMS}
     call = good | case.call

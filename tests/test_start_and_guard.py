@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from scipy.optimize import minimize
-from support import bare, enable_x64, promoting
+from support import bare, counted, enable_x64, promoting
 
 import hidlr_optax as hd
 from hidlr_optax._quadratic import Kept, Quadratic
@@ -516,17 +516,6 @@ def test_updates_that_are_not_finite_are_no_reason_to_cut(poison):
 # What it costs.
 
 
-def _counted(loss_fn):
-    calls = []
-
-    def counted(params, batch):
-        value = loss_fn(params, batch)
-        jax.debug.callback(lambda value: calls.append(value), value)
-        return value
-
-    return counted, calls
-
-
 @pytest.mark.parametrize(
     ("with_value", "dtype", "extra"),
     [(True, "float32", 1), (False, "float32", 2), (True, "bfloat16", 2), (False, "bfloat16", 2)],
@@ -538,10 +527,10 @@ def test_a_refresh_of_the_default_rule_costs_two_evaluations_per_group_and_the_g
     def loss_fn(params, batch):
         return batch + sum(jnp.sum((leaf.astype(jnp.float32) - 1) ** 2) for leaf in params.values())
 
-    counted, calls = _counted(loss_fn)
+    counting, calls = counted(loss_fn)
     params = {f"p{n}": jnp.zeros(2, dtype) for n in range(3)}
     labels = "all" if groups == 1 else {name: name for name in params}
-    tx = hd.hidlr(counted, labels, warmup=10)
+    tx = hd.hidlr(counting, labels, warmup=10)
     value, grad = jax.value_and_grad(loss_fn)(params, 0.0)
     direction = jax.tree.map(jnp.negative, grad)
     update = jax.jit(tx.update)
