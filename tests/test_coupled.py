@@ -283,6 +283,43 @@ def _quadratic_loss(params, batch):
     return flat @ batch @ flat / 2
 
 
+_SOLVE = jax.jit(hd.coupled().solve)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    size=st.sampled_from([1, 2, 3, 10, 50, 200]),
+    kind=st.sampled_from(["definite", "singular", "indefinite", "uncoupled"]),
+    decades=st.floats(0, 6),
+    seed=st.integers(0, 2**16),
+)
+def test_any_quadratic_of_any_size_gives_finite_rates_in_the_box_and_the_closed_form(
+    size, kind, decades, seed
+):
+    rng = np.random.default_rng(seed)
+    rates = 10 ** rng.uniform(-decades, 0, size)  # badly scaled: in A by twice as many decades
+    root = rng.normal(size=(size, size if kind != "singular" else max(1, size // 2)))
+    matrix = root @ root.T / root.shape[1]
+    if kind == "uncoupled":
+        matrix = np.diag(np.diagonal(matrix))
+    if kind == "indefinite":
+        matrix = matrix - 0.5 * np.eye(size)
+    slope = rng.normal(size=size) + 0.5
+    diagonal = jnp.float32(np.diagonal(matrix) / rates**2)
+    coupling = jnp.float32((matrix - np.diag(np.diagonal(matrix))) / np.outer(rates, rates))
+    given_rates, kept = jnp.float32(rates), jnp.zeros(size, jnp.int32)
+    floor = jnp.zeros(size, jnp.float32)
+    quadratic = hd.Quadratic(jnp.float32(slope / rates), diagonal, coupling)
+    found, why = _SOLVE(quadratic, given_rates, kept, floor)
+    assert np.all(np.isfinite(found))
+    assert np.all(np.asarray(why) == hd.Kept.NO)
+    factors = np.asarray(found, float) / rates
+    assert np.all((factors > 0.5 * (1 - 1e-5)) & (factors < 2 * (1 + 1e-5)))
+    if kind == "uncoupled":  # the closed form is what the box QP finds where nothing is coupled
+        closed, _ = _SOLVE(quadratic._replace(coupling=None), given_rates, kept, floor)
+        np.testing.assert_allclose(found, closed, rtol=2e-4)
+
+
 @pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
 def test_one_coupled_step_reaches_the_minimum_along_the_group_steps(kind):
     root = np.random.default_rng(5).normal(size=(4, 4))
