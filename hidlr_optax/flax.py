@@ -1,0 +1,182 @@
+"""Flax: a linen `TrainState` that passes on what `hidlr` needs, and helpers for nnx.
+
+Needs flax, in the extra `flax`. Import it by name: `import hidlr_optax.flax`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.traverse_util
+import jax
+import optax
+from flax import nnx
+from flax.training import train_state
+
+from hidlr_optax._paths import shown
+
+
+class TrainState(train_state.TrainState):
+    """Flax's `TrainState` whose `apply_gradients` hands `tx.update` its extra arguments.
+
+    Flax's own calls `tx.update(grads, opt_state, params)` and nothing beside, so that neither
+    `hidlr` nor Optax's line searches get to see a loss.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, hidlr_optax as hd, hidlr_optax.flax
+      >>> def loss_fn(params, batch):
+      ...     return jnp.mean((batch @ params["w"] - 1.0) ** 2)
+      >>> tx = optax.chain(optax.sgd(1.0), hd.hiulr(loss_fn))
+      >>> params = {"w": jnp.zeros(2)}
+      >>> state = hidlr_optax.flax.TrainState.create(apply_fn=None, params=params, tx=tx)
+      >>> batch = jnp.ones((4, 2))
+      >>> value, grads = jax.value_and_grad(loss_fn)(state.params, batch)
+      >>> state = state.apply_gradients(grads=grads, batch=batch, value=value)
+      >>> bool(loss_fn(state.params, batch) < value)
+      True
+    """
+
+    def apply_gradients(
+        self,
+        *,
+        grads: Any,
+        batch: Any = None,
+        value: Any = None,
+        value_fn: Callable[..., Any] | None = None,
+        grad: Any = None,
+        **kwargs: Any,
+    ) -> "TrainState":
+        """One step of the optimizer.
+
+        Args:
+          grads: gradients like params.
+          batch: handed to the `loss_fn` of `hidlr`.
+          value: the loss at params, of this batch.
+          value_fn: params -> loss, in place of `loss_fn` and `batch`.
+          grad: the raw gradient of the loss, where `grads` is not (clipped or scaled outside of
+            `tx`); None: `grads`.
+          **kwargs: fields of the state to replace, such as `batch_stats`.
+
+        Returns:
+          The new state.
+        """
+        tx = optax.with_extra_args_support(self.tx)
+
+        def update(updates: Any, state: Any, params: Any = None) -> Any:
+            # `updates`, not `grads`: Flax takes the part out that it overwrites by itself (fp8).
+            raw = updates if grad is None else grad
+            extra = {"batch": batch, "value": value, "value_fn": value_fn, "grad": raw}
+            return tx.update(updates, state, params, **extra)
+
+        informed = self.replace(tx=optax.GradientTransformation(self.tx.init, update))
+        stepped = super(TrainState, informed).apply_gradients(grads=grads, **kwargs)
+        return stepped.replace(tx=self.tx)
+
+
+def value_fn_for(
+    model: nnx.Module,
+    loss_fn: Callable[..., Any],
+    *args: Any,
+    wrt: Any = nnx.Param,
+    **kwargs: Any,
+) -> Callable[[Any], jax.Array]:
+    """The loss of an nnx model as a function of its parameters alone, for `update(value_fn=…)`.
+
+    Everything else in the model is held as it is now: dropout keys and counts, batch statistics,
+    parameters that `wrt` leaves out. So all probes of a refresh see one and the same function, and
+    nothing that they write reaches the model. Call it BEFORE the gradient is taken: that draws a
+    dropout key and moves the statistics, and `value` is to be this function's value at the
+    parameters.
+
+    Args:
+      model: in the mode it is trained in.
+      loss_fn: (model, *args, **kwargs) -> scalar, or (scalar, auxiliary outputs), as given to
+        `nnx.value_and_grad`.
+      *args: handed to `loss_fn`: the batch.
+      wrt: the nnx filter of the parameters, that of `nnx.Optimizer` and of the gradient.
+      **kwargs: handed to `loss_fn`.
+
+    Returns:
+      A function of the parameters as `nnx.Optimizer` hands them to `tx.update`.
+
+    Raises:
+      ValueError: `wrt` selects nothing.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, hidlr_optax as hd, hidlr_optax.flax
+      >>> from flax import nnx
+      >>> rngs = nnx.Rngs(0)
+      >>> model = nnx.Sequential(nnx.Linear(2, 1, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
+      >>> tx = optax.chain(optax.sgd(1.0), hd.hiulr(None))
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> def loss_fn(model, batch):
+      ...     return jnp.mean((model(batch) - 1.0) ** 2)
+      >>> value_fn = hidlr_optax.flax.value_fn_for(model, loss_fn, jnp.ones((4, 2)))
+      >>> loss, grads = nnx.value_and_grad(loss_fn)(model, jnp.ones((4, 2)))
+      >>> _ = optimizer.update(model, grads, value_fn=value_fn, value=loss, grad=grads)
+    """
+    graph, params, rest = nnx.split(model, wrt, ...)
+    if not jax.tree.leaves(params):
+        raise ValueError(f"wrt={wrt!r} selects no parameter of {type(model).__name__}")
+    # Flattened, and put together inside of whatever traces the probes: so the Variables there are
+    # new ones, which may be written to.
+    leaves, structure = jax.tree.flatten(rest)
+
+    def value_fn(params: Any) -> jax.Array:
+        out = loss_fn(
+            nnx.merge(graph, params, jax.tree.unflatten(structure, leaves)), *args, **kwargs
+        )
+        return out[0] if isinstance(out, tuple) else out
+
+    return value_fn
+
+
+def label_by_filter(
+    model: nnx.Module,
+    rules: Sequence[tuple[Any, str]],
+    default: str | None = None,
+    wrt: Any = nnx.Param,
+) -> Any:
+    """Labels the parameters of an nnx model by the first filter that selects them.
+
+    Filters are nnx's own: a type (`nnx.LoRAParam`), `nnx.PathContains("head")`, `nnx.Any`,
+    `nnx.All`, `nnx.Not`, or a callable (path, variable) -> bool. They need the Variables, which an
+    optimizer does not see at each step; hence a tree, and not a callable as `label_by_path` can be.
+
+    Args:
+      model: the nnx module.
+      rules: (filter, label) pairs, tried in order.
+      default: the label of parameters that no filter selects. None: every one has to be selected.
+      wrt: the filter of `nnx.Optimizer`: what is not selected by it needs no label.
+
+    Returns:
+      A nested dict of str, of the paths of the parameters.
+
+    Raises:
+      ValueError: `wrt` selects nothing, a rule selects nothing, or a parameter is selected by no
+        rule and there is no default.
+
+    Example:
+      >>> import hidlr_optax.flax
+      >>> from flax import nnx
+      >>> rngs = nnx.Rngs(0)
+      >>> model = nnx.LoRA(4, 2, 3, base_module=nnx.Linear(4, 3, rngs=rngs), rngs=rngs)
+      >>> hidlr_optax.flax.label_by_filter(model, [(nnx.LoRAParam, "lora")], "rest")
+      {'base_module': {'bias': 'rest', 'kernel': 'rest'}, 'lora_a': 'lora', 'lora_b': 'lora'}
+    """
+    chosen = [(nnx.filterlib.to_predicate(rule), label) for rule, label in rules]
+    variables = list(nnx.to_flat_state(nnx.state(model, wrt)))
+    if not variables:
+        raise ValueError(f"wrt={wrt!r} selects no parameter of {type(model).__name__}")
+    for (rule, label), (selects, _) in zip(rules, chosen, strict=True):
+        if not any(selects(path, variable) for path, variable in variables):
+            raise ValueError(f"the rule ({rule!r}, {label!r}) selects no parameter of the model")
+    labels, uncovered = {}, []
+    for path, variable in variables:
+        found = next((label for selects, label in chosen if selects(path, variable)), default)
+        name = tuple(map(str, path))
+        if found is None:
+            uncovered.append(name)
+        labels[name] = found
+    if uncovered:
+        raise ValueError(f"no rule selects {shown(uncovered)}; add one, or pass default='rest'")
+    return flax.traverse_util.unflatten_dict(labels)
