@@ -72,7 +72,7 @@ def snippets() -> Texts:
     lines = member(content, "movieReviewSnippets_GroundTruth.txt").decode("latin-1")
     fields = [line.split("\t") for line in lines.strip().split("\n")]
     labels = np.array([float(field[1]) > 0 for field in fields], np.int32)
-    return Texts([field[2] for field in fields], None, labels)
+    return Texts([field[2].strip() for field in fields], None, labels)
 
 
 class GlueTask(NamedTuple):

@@ -3,29 +3,36 @@
 Figures are made without pyplot, so none has to be closed: `figure.savefig(path)`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from hidlr_optax._quadratic import Kept
 from hidlr_optax._suggest import Suggestion
 
-_RATE = "learning_rate/"
 
-
-def _draw_rates(axes: Axes, steps: np.ndarray, history: Sequence[Mapping[str, Any]]) -> None:
-    labels = [key.removeprefix(_RATE) for key in history[0] if key.startswith(_RATE)]
+def _series(history: Iterable[Mapping[str, Any]], field: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """(n,) steps, and for each group the (n,) values of one field of `metrics`."""
+    rows = list(history)
+    if not rows:
+        raise ValueError("the history is empty: append metrics(opt_state) at each step")
+    labels = [key.removeprefix(field) for key in rows[0] if key.startswith(field)]
     if not labels:
         raise ValueError(
-            f"no key of the history starts with {_RATE!r}: log metrics(opt_state) at each step; "
-            f"got {sorted(history[0])}"
+            f"no key of the history starts with {field!r}: log metrics(opt_state) at each step; "
+            f"got {sorted(rows[0])}"
         )
-    for label in labels:
-        rates = np.array([float(row[_RATE + label]) for row in history])
-        axes.step(steps, rates, where="post", label=label)
+    steps = np.array([row.get("step", n) for n, row in enumerate(rows)], float)
+    return steps, {label: np.array([float(row[field + label]) for row in rows]) for label in labels}
+
+
+def _draw_rates(axes: Axes, steps: np.ndarray, rates: Mapping[str, np.ndarray]) -> None:
+    for label, values in rates.items():
+        axes.step(steps, values, where="post", label=label)
     axes.set(xlabel="step", ylabel="learning rate", yscale="log")
     axes.legend(title="group")
 
@@ -51,18 +58,57 @@ def learning_rates(history: Iterable[Mapping[str, Any]]) -> Figure:
       ['loss', 'learning rate']
     """
     rows = list(history)
-    if not rows:
-        raise ValueError("the history is empty: append metrics(opt_state) at each step")
-    steps = np.array([row.get("step", n) for n, row in enumerate(rows)], float)
+    steps, rates = _series(rows, "learning_rate/")
     with_loss = "loss" in rows[0]
     panels = 1 + with_loss
     figure = Figure(figsize=(5 * panels, 3.5), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)
-    _draw_rates(axes[0, -1], steps, rows)
+    _draw_rates(axes[0, -1], steps, rates)
     if with_loss:
         losses = np.array([float(row["loss"]) for row in rows])
         axes[0, 0].plot(steps, losses, color="black", linewidth=1)
         axes[0, 0].set(xlabel="step", ylabel="loss", yscale="log" if min(losses) > 0 else "linear")
+    return figure
+
+
+def influence(history: Iterable[Mapping[str, Any]]) -> Figure:
+    """The paper's Figures 6 and 7: per-parameter influence, groups × steps, on a log scale.
+
+    Args:
+      history: one mapping per step, as `metrics(opt_state)` returns it, with `step` added if there
+        is any. Steps at which a group has no influence yet, because no curvature of it was
+        positive, are left white.
+
+    Returns:
+      A figure with one panel; groups from the most influential, on top, to the least (by the
+      geometric mean).
+
+    Raises:
+      ValueError: the history is empty, or holds no positive influence.
+
+    Example:
+      >>> import hidlr_optax.plot
+      >>> row = {"influence/head": 1e-3, "influence/rest": 1e-6}
+      >>> axes, bar = hidlr_optax.plot.influence([row, row]).axes
+      >>> [label.get_text() for label in axes.get_yticklabels()]
+      ['rest', 'head']
+    """
+    steps, found = _series(history, "influence/")
+    known = {
+        label: np.ma.masked_less_equal(np.ma.masked_invalid(x), 0) for label, x in found.items()
+    }
+    if not any(values.count() for values in known.values()):
+        raise ValueError("the history holds no positive influence: no curvature was positive yet")
+    order = sorted(
+        known, key=lambda label: float(np.ma.filled(np.ma.log(known[label]).mean(), -np.inf))
+    )
+    figure = Figure(figsize=(7, 1.2 + 0.35 * len(order)), layout="constrained")
+    axes = figure.subplots()
+    ends = np.append(steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1))
+    values = np.ma.stack([known[label] for label in order])
+    mesh = axes.pcolormesh(ends, np.arange(len(order) + 1), values, norm=LogNorm(), rasterized=True)
+    axes.set(xlabel="step", yticks=np.arange(len(order)) + 0.5, yticklabels=order)
+    figure.colorbar(mesh, label="influence per parameter")
     return figure
 
 

@@ -58,3 +58,26 @@ def test_fit_draws_probes_parabola_and_minimiser_of_each_group():
     np.testing.assert_allclose(parabola.get_ydata(), -grid + grid**2 / 2, rtol=1e-3, atol=1e-5)
     assert y.get_title() == "y: η = 0.01"
     assert z.get_title() == "z: none (not convex)"
+
+
+def test_influence_draws_a_row_per_group_the_most_influential_on_top():
+    history = [
+        {"step": 5 * n, "influence/low": 1e-6, "influence/high": 10.0**n, "influence/none": 0.0}
+        for n in range(3)
+    ]
+    axes, bar = plot.influence(history).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["none", "low", "high"]
+    drawn = axes.collections[0].get_array()
+    np.testing.assert_allclose(drawn[1:], [[1e-6] * 3, [1, 10, 100]])
+    assert drawn.mask[0].all()
+    assert axes.get_xlim() == (0.0, 15.0)
+    assert bar.get_yscale() == "log"
+
+
+def test_influence_says_what_is_missing():
+    with pytest.raises(ValueError, match="no positive influence"):
+        plot.influence([{"influence/a": 0.0}])
+    with pytest.raises(ValueError, match="history is empty"):
+        plot.influence([])
+    with pytest.raises(ValueError, match="starts with 'influence/'"):
+        plot.influence([{"loss": 1.0}])
