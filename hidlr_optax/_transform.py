@@ -37,6 +37,10 @@ class HiDLRState(NamedTuple):
       curvature: a, () float32 each, loss per unit learning rate squared, averaged.
       influence: PPI, () float32 each, loss per parameter, of the last refresh whose curvature was
         positive; zero before.
+      measured_slope: b of the last refresh alone, () float32 each, not averaged; zero where it was
+        not finite.
+      measured_curvature: a of the last refresh alone, () float32 each, not averaged; zero where it
+        was not finite, or too small to be told from none.
       coupling: the curvature between groups, (K, K) float32 in the order of the sorted labels, zero
         on its diagonal, averaged; None where the estimator does not measure it.
       measurements: () int32 each, how many refreshes the averages hold.
@@ -52,6 +56,8 @@ class HiDLRState(NamedTuple):
     slope: dict[str, jax.Array]
     curvature: dict[str, jax.Array]
     influence: dict[str, jax.Array]
+    measured_slope: dict[str, jax.Array]
+    measured_curvature: dict[str, jax.Array]
     coupling: Any
     measurements: dict[str, jax.Array]
     kept: dict[str, jax.Array]
@@ -95,6 +101,8 @@ def _initial_state(
         slope=zeros(jnp.float32),
         curvature=zeros(jnp.float32),
         influence=zeros(jnp.float32),
+        measured_slope=zeros(jnp.float32),
+        measured_curvature=zeros(jnp.float32),
         coupling=jnp.zeros((len(names), len(names)), jnp.float32) if couples else None,
         measurements=zeros(jnp.int32),
         kept=zeros(jnp.int32),
@@ -117,6 +125,13 @@ def trust(measured: Measurement) -> jax.Array:
     return jnp.where(jnp.all(finite), kept, jnp.where(finite, Kept.OTHER_GROUP, Kept.NON_FINITE))
 
 
+def _alone(measured: Measurement) -> tuple[jax.Array, jax.Array]:
+    """Slope and curvature of one refresh, zero where there is no number to be had."""
+    slope, curvature, _ = measured.quadratic
+    seen = jnp.isfinite(curvature) & (jnp.abs(curvature) > measured.floor)
+    return jnp.where(jnp.isfinite(slope), slope, 0), jnp.where(seen, curvature, 0)
+
+
 def _refresh(
     state: HiDLRState, rates: jax.Array, measured: Measurement, groups: Groups, solver: Solver
 ) -> HiDLRState:
@@ -137,12 +152,15 @@ def _refresh(
     sizes = jnp.asarray(groups.sizes, jnp.float32)
     convex = (kept == Kept.NO) & (quadratic.curvature > measured.floor)
     ppi = jnp.where(convex, influence(quadratic, sizes), groups.pack(state.influence))
+    measured_slope, measured_curvature = _alone(measured)
     return state._replace(
         refreshes=optax.safe_increment(state.refreshes),
         group_learning_rates=groups.unpack(rates),
         slope=groups.unpack(quadratic.slope),
         curvature=groups.unpack(quadratic.curvature),
         influence=groups.unpack(ppi),
+        measured_slope=groups.unpack(measured_slope),
+        measured_curvature=groups.unpack(measured_curvature),
         coupling=quadratic.coupling,
         measurements=groups.unpack(measurements),
         kept=groups.unpack(kept),
