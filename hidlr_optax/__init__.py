@@ -1,7 +1,9 @@
 """Hessian-informed differential learning rates for Optax (Hi-DLR, arXiv 2501.06954)."""
 
+from hidlr_optax import influence
 from hidlr_optax._aliases import hiulr, multi_steps, paper_hidlr
 from hidlr_optax._quadratic import Kept, Quadratic
+from hidlr_optax._report import Influence
 from hidlr_optax._solvers import coupled, diagonal
 from hidlr_optax._suggest import Suggestion, suggest
 from hidlr_optax._transform import HiDLRState, hidlr
@@ -13,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "HiDLRState",
+    "Influence",
     "Kept",
     "Quadratic",
     "Suggestion",
@@ -22,6 +25,7 @@ __all__ = [
     "hessian",
     "hidlr",
     "hiulr",
+    "influence",
     "label_by_depth",
     "label_by_path",
     "label_by_role",

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+_LEAST_EIGENVALUE = 1e-3  # of the correlations: what is below it, no measurement could vouch for
+
 
 class Quadratic(NamedTuple):
     """The coefficients of q(η) = −bᵀη + ½ ηᵀAη.
@@ -131,3 +133,33 @@ def influence(quadratic: Quadratic, sizes: jax.Array) -> jax.Array:
     """
     slope, curvature = quadratic.slope, quadratic.curvature
     return slope * (slope / curvature) / sizes
+
+
+def marginal(quadratic: Quadratic) -> jax.Array:
+    """What the best joint step loses without group k: (K,), loss; 0 where a_k ≤ 0.
+
+    The joint step over all groups with a_k > 0 is worth J = ½ bᵀA⁻¹b. Without row and column k it
+    is worth J_k, and by the block inverse J − J_k = ½ x_k²/(A⁻¹)_kk, x = A⁻¹b: one system in place
+    of K + 1. Without coupling, this is ½ b_k²/a_k. Shares of coupled groups do not add up to J.
+
+    A measured A need not be positive definite, and then has no best step. Where an eigenvalue of
+    its correlations C_kl = A_kl/√(a_k a_l) is less than 0.001, they are drawn towards none,
+    (1 − t)C + t·1, with the smallest t that mends it. The parabola of each single group stays as it
+    was measured.
+
+    Args:
+      quadratic: in any units: J does not depend on them.
+    """
+    usable = quadratic.curvature > 0
+    scale = jnp.where(usable, jax.lax.rsqrt(jnp.where(usable, quadratic.curvature, 1)), 0)
+    slope = quadratic.slope * scale
+    if quadratic.coupling is None:
+        return slope**2 / 2
+    correlation = quadratic.coupling * scale[:, None] * scale
+    correlation += jnp.eye(len(scale), dtype=scale.dtype)
+    values, vectors = jnp.linalg.eigh(correlation)
+    least = jnp.minimum(values[0], _LEAST_EIGENVALUE)
+    towards_none = (_LEAST_EIGENVALUE - least) / (1 - least)
+    values = (1 - towards_none) * values + towards_none
+    inverse = (vectors / values) @ vectors.T
+    return (inverse @ slope) ** 2 / jnp.diagonal(inverse) / 2

@@ -1,11 +1,32 @@
-"""Reading the state: rates, slopes, curvatures and influences as flat scalars for any logger."""
+"""Reading the state: flat scalars for any logger, and what each group is worth over a run.
 
+The paper ranks groups by influence summed over training. One refresh says little: `start`,
+`accumulate` at every step, `summarise` at the end.
+"""
+
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from hidlr_optax._report import GroupInfluence, Influence
+from hidlr_optax._running import LIMB, Moments, Running, count, start
 from hidlr_optax._transform import HiDLRState
+
+__all__ = [
+    "GroupInfluence",
+    "Influence",
+    "Moments",
+    "Running",
+    "accumulate",
+    "find_state",
+    "metrics",
+    "start",
+    "summarise",
+]
 
 
 def _is_state(node: Any) -> bool:
@@ -71,3 +92,113 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
     flat = {f"{field}/{name}": x for field, group in fields.items() for name, x in group.items()}
     totals = {"refreshes": state.refreshes, "cuts": state.cuts}
     return {key: jnp.copy(_array(x)) for key, x in (flat | totals).items()}
+
+
+def _unwrapped(state: HiDLRState) -> HiDLRState:
+    """The state's scalars and dicts as bare arrays, without the direction."""
+
+    def bare(field: Any) -> Any:
+        if isinstance(field, Mapping):
+            return {name: _array(x) for name, x in field.items()}
+        return None if field is None else _array(field)
+
+    return HiDLRState(*map(bare, state._replace(direction=None)))
+
+
+def accumulate(running: Running, opt_state: Any) -> Running:
+    """Counts the last refresh of `hidlr`, if it has not been counted yet; works inside jit.
+
+    Call it at every step: of several refreshes between two calls, the last one counts. A refresh
+    gives each group its total influence b²/a, from what was measured at this refresh alone, where
+    the curvature is positive. It also gives its marginal share of the best joint step, what that
+    step would lose without the group, from the state's averages: J − J_k, J = ½ bᵀA⁻¹b, with the
+    coupling between groups where the estimator measures it (`hessian`, `gauss_newton`), and
+    ½ b²/a where not. A is made positive definite where it is not, by drawing the correlations
+    between groups towards none as little as that takes.
+
+    Args:
+      running: from `start`, or from the step before.
+      opt_state: the state after `update`, of `hidlr` or of anything that contains it.
+
+    Returns:
+      The running counts, of the same structure and types.
+
+    Raises:
+      ValueError: there is no `HiDLRState` in the state, or more than one, or its labels are not
+        those of `running`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, hidlr_optax as hd
+      >>> def loss_fn(params, batch):
+      ...     return params["x"] ** 2 / 2
+      >>> params = {"x": jnp.asarray(3.0)}
+      >>> tx, running = hd.hidlr(loss_fn, "all"), hd.influence.start("all", params)
+      >>> grad = jax.grad(loss_fn)(params, None)
+      >>> _, state = tx.update({"x": -grad["x"]}, tx.init(params), params, grad=grad)
+      >>> running = jax.jit(hd.influence.accumulate)(running, state)
+      >>> found = hd.influence.summarise(running)
+      >>> print(f"{found.groups['all'].total:.1f}")  # twice the loss, all of which one step can win
+      9.0
+    """
+    state = _unwrapped(find_state(opt_state))
+    names, labels = sorted(running.sizes), sorted(state.group_learning_rates)
+    if names != labels:
+        raise ValueError(
+            f"start was given the labels {names}, but the state belongs to {labels}: call "
+            "start(labels, params) with the labels and parameters that hidlr has"
+        )
+    is_new = state.refreshes != running.refreshes
+    return jax.lax.cond(is_new, lambda: count(running, state), lambda: running)
+
+
+def _mean_and_error(moments: Moments, name: str) -> tuple[float | None, float | None]:
+    count, mean = int(moments.count[name]), float(moments.mean[name])
+    if count == 0:
+        return None, None
+    if count == 1:
+        return mean, None
+    error = math.sqrt(float(moments.squares[name]) / (count - 1) / count)
+    return mean, error if math.isfinite(error) else None
+
+
+def summarise(running: Running) -> Influence:
+    """What was counted, as Python numbers on the host.
+
+    Args:
+      running: from `accumulate`.
+
+    Returns:
+      An `Influence`. A group is resolved if at least half of the refreshes gave it a number.
+
+    Raises:
+      ValueError: no refresh has been counted.
+
+    Example:
+      See `accumulate`.
+    """
+    running = jax.device_get(running)
+    refreshes = int(running.counted)
+    if refreshes == 0:
+        raise ValueError(
+            "no refresh has been counted: call running = accumulate(running, opt_state) after "
+            "every update of the optimizer, and keep what it returns"
+        )
+
+    def group(name: str) -> GroupInfluence:
+        first, second = map(int, np.asarray(running.sizes[name]))
+        resolved = 2 * int(running.total.count[name]) >= refreshes
+        nothing = None, None
+        total, total_error = _mean_and_error(running.total, name) if resolved else nothing
+        share, share_error = _mean_and_error(running.marginal, name) if resolved else nothing
+        return GroupInfluence(
+            size=first * LIMB + second,
+            refreshes=refreshes,
+            negative=int(running.negative[name]),
+            unresolved=int(running.unresolved[name]),
+            total=total,
+            total_error=total_error,
+            marginal=share,
+            marginal_error=share_error,
+        )
+
+    return Influence({name: group(name) for name in sorted(running.sizes)}, int(running.steps))

@@ -1,0 +1,371 @@
+"""Influence counted over refreshes, against a NumPy loop that keeps every state of a run."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import bare, enable_x64
+
+import hidlr_optax as hd
+from hidlr_optax._quadratic import Kept, Quadratic, marginal
+from hidlr_optax.influence import GroupInfluence, Influence
+
+_LABELS = {"body": {"w": "body", "b": "bias"}, "head": "head"}
+_STEPS = 45
+
+
+def _params():
+    rng = np.random.default_rng(0)
+    return {
+        "body": {
+            "w": jnp.asarray(rng.normal(size=(5, 4)) / 2, jnp.float32),
+            "b": jnp.zeros(4, jnp.float32),
+        },
+        "head": jnp.asarray(rng.normal(size=4) / 2, jnp.float32),
+    }
+
+
+def _batches(steps=_STEPS):
+    rng = np.random.default_rng(1)
+    inputs = rng.normal(size=(steps, 16, 5))
+    targets = np.sin(inputs.sum(axis=2)) + 0.1 * rng.normal(size=(steps, 16))
+    return {"x": jnp.asarray(inputs, jnp.float32), "y": jnp.asarray(targets, jnp.float32)}
+
+
+def _loss(params, batch):
+    hidden = jnp.tanh(batch["x"] @ params["body"]["w"] + params["body"]["b"])
+    return jnp.mean((hidden @ params["head"] - batch["y"]) ** 2)
+
+
+def _training(**kwargs):
+    """A chain, and a scan body that accumulates and hands out every state."""
+    tx = optax.chain(optax.sgd(1.0, momentum=0.5), hd.hidlr(_loss, _LABELS, **kwargs))
+
+    def step(carry, batch):
+        params, state, running = carry
+        value, grad = jax.value_and_grad(_loss)(params, batch)
+        updates, state = tx.update(grad, state, params, batch=batch, value=value, grad=grad)
+        running = hd.influence.accumulate(running, state)
+        kept = hd.influence.find_state(state)._replace(direction=())
+        return (optax.apply_updates(params, updates), state, running), kept
+
+    params = _params()
+    return step, (params, tx.init(params), hd.influence.start(_LABELS, params))
+
+
+def _joint_worth(slope, matrix, members):
+    if not members:
+        return 0.0
+    part = np.ix_(members, members)
+    return slope[members] @ np.linalg.solve(matrix[part], slope[members]) / 2
+
+
+def naive_marginal(slope, curvature, coupling):
+    """K + 1 systems, in float64; correlations drawn towards none as far as need be."""
+    b, a = np.asarray(slope, float), np.asarray(curvature, float)
+    usable = [k for k in range(len(b)) if a[k] > 0]
+    matrix = np.diag(a) + (0 if coupling is None else np.asarray(coupling, float))
+    if usable:
+        part = np.ix_(usable, usable)
+        scale = np.sqrt(a[usable])
+        least = np.linalg.eigvalsh(matrix[part] / np.outer(scale, scale)).min()
+        t = max((1e-3 - least) / (1 - least), 0) if least < 1e-3 else 0.0
+        matrix[part] = (1 - t) * matrix[part] + t * np.diag(a[usable])
+    whole = _joint_worth(b, matrix, usable)
+    found = np.zeros(len(b))
+    for k in usable:
+        found[k] = whole - _joint_worth(b, matrix, [other for other in usable if other != k])
+    return found
+
+
+def _naive(states):
+    """Per label: lists of totals and marginal shares, and the refreshes without a number."""
+    names = sorted(states.slope)
+    found = {name: {"total": [], "marginal": [], "negative": 0, "unresolved": 0} for name in names}
+    before = 0
+    for step in range(len(states.count)):
+        state = jax.tree.map(lambda leaf, at=step: np.asarray(leaf[at], float), states)
+        if state.refreshes == before:
+            continue
+        before = state.refreshes
+        shares = naive_marginal(
+            [state.slope[name] for name in names],
+            [state.curvature[name] for name in names],
+            state.coupling,
+        )
+        for k, name in enumerate(names):
+            seen = state.kept[name] in (Kept.NO, Kept.NOT_CONVEX)
+            b, a = state.measured_slope[name], state.measured_curvature[name]
+            if seen and a > 0:
+                found[name]["total"].append(b * b / a)
+                if state.curvature[name] > 0:
+                    found[name]["marginal"].append(shares[k])
+            else:
+                found[name]["negative" if seen and a < 0 else "unresolved"] += 1
+    return found
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"curvature": hd.hessian()}, {"slope": "probes", "update_interval": 3, "warmup": 0}],
+    ids=["default", "hessian", "probes"],
+)
+def test_accumulation_inside_a_scan_is_that_of_a_loop_over_all_states(kwargs):
+    step, carry = _training(**kwargs)
+    (_, _, running), states = jax.jit(lambda c, b: jax.lax.scan(step, c, b))(carry, _batches())
+    found, expected = hd.influence.summarise(running), _naive(states)
+    refreshes = int(states.refreshes[-1])
+    assert 10 < refreshes < _STEPS
+    assert sorted(found.groups) == sorted(expected) == ["bias", "body", "head"]
+    assert found.steps == int(states.count[np.argmax(states.refreshes)])
+    resolved = 0
+    for name, lists in expected.items():
+        group, total = found.groups[name], np.array(lists["total"])
+        assert group.refreshes == refreshes
+        assert (group.negative, group.unresolved) == (lists["negative"], lists["unresolved"])
+        if 2 * len(total) < refreshes:
+            assert group.total is group.per_parameter is group.marginal is None
+            continue
+        resolved += 1
+        np.testing.assert_allclose(group.total, total.mean(), rtol=1e-5)
+        error = total.std(ddof=1) / math.sqrt(len(total))
+        np.testing.assert_allclose(group.total_error, error, rtol=1e-4)
+        size = {"bias": 4, "body": 20, "head": 4}[name]
+        assert group.size == size
+        np.testing.assert_allclose(group.per_parameter, total.mean() / size, rtol=1e-5)
+        np.testing.assert_allclose(group.per_parameter_error, error / size, rtol=1e-4)
+        shares = np.array(lists["marginal"])
+        np.testing.assert_allclose(group.marginal, shares.mean(), rtol=1e-3)
+        error = shares.std(ddof=1) / math.sqrt(len(shares))
+        np.testing.assert_allclose(group.marginal_error, error, rtol=2e-3)
+    assert resolved >= 2
+
+
+def test_what_was_measured_is_the_average_where_averages_hold_one_refresh_only():
+    step, carry = _training(solver=hd.coupled(averaging=0.0))
+    _, states = jax.lax.scan(step, carry, _batches(5))
+    for name in states.slope:
+        assert np.all(states.measured_curvature[name] != 0)
+        np.testing.assert_allclose(states.measured_slope[name], states.slope[name], rtol=1e-5)
+        np.testing.assert_allclose(
+            states.measured_curvature[name], states.curvature[name], rtol=1e-5
+        )
+
+
+def test_measured_curvature_is_zero_where_it_cannot_be_told_from_none():
+    tx = bare(lambda params, batch: 1.0 + 0.01 * params["x"], "all", curvature=hd.probes())
+    state = tx.init({"x": jnp.zeros(())})
+    assert float(state.measured_slope["all"]) == float(state.measured_curvature["all"]) == 0
+    _, state = tx.update({"x": -jnp.ones(())}, state, {"x": jnp.zeros(())})
+    assert float(state.measured_slope["all"]) == pytest.approx(0.01, rel=1e-2)
+    assert float(state.measured_curvature["all"]) == 0
+
+
+def test_a_refresh_that_is_not_finite_leaves_finite_measurements_and_no_number():
+    tx = bare(lambda params, batch: params["x"] ** 2 * batch, "all")
+    params = {"x": jnp.ones(())}
+    state, running = tx.init(params), hd.influence.start("all", params)
+    _, state = tx.update({"x": -jnp.ones(())}, state, params, batch=jnp.asarray(jnp.nan))
+    assert int(state.kept["all"]) == Kept.NON_FINITE
+    assert float(state.measured_slope["all"]) == float(state.measured_curvature["all"]) == 0
+    found = hd.influence.summarise(hd.influence.accumulate(running, state))
+    assert found.groups["all"] == GroupInfluence(size=1, refreshes=1, unresolved=1)
+
+
+def test_every_step_may_be_counted_and_only_new_refreshes_are():
+    step, (params, state, running) = _training(update_interval=5, warmup=0)
+    compiled = jax.jit(step)
+    batches = _batches(13)
+    for at in range(13):
+        batch = jax.tree.map(lambda leaf, at=at: leaf[at], batches)
+        (params, state, running), _ = compiled((params, state, running), batch)
+        again = hd.influence.accumulate(running, state)
+        jax.tree.map(np.testing.assert_array_equal, again, running)
+    assert compiled._cache_size() == 1
+    assert int(running.counted) == 3
+    assert hd.influence.summarise(running).steps == 11
+
+
+def test_types_are_strong_and_stay_the_same_with_64_bits_too():
+    for switch in (False, True):
+        with enable_x64(switch):
+            step, carry = _training()
+            before = jax.tree.map(jax.typeof, carry[2])
+            batch = jax.tree.map(lambda leaf: leaf[0], _batches(1))
+            after = jax.tree.map(jax.typeof, jax.jit(step)(carry, batch)[0][2])
+            assert before == after
+            assert not any(leaf.weak_type for leaf in jax.tree.leaves(before))
+
+
+def test_the_state_is_found_inside_an_nnx_optimizer():
+    model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(
+        model, optax.chain(optax.sgd(1.0), hd.hidlr(None, hd.label_by_role)), wrt=nnx.Param
+    )
+    running = hd.influence.start(hd.label_by_role, nnx.state(model, nnx.Param))
+    inputs = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
+
+    @nnx.jit
+    def step(model, optimizer, running):
+        def loss_fn(model):
+            return jnp.mean((model(inputs) - 1.0) ** 2)
+
+        value, grads = nnx.value_and_grad(loss_fn)(model)
+        graph, _ = nnx.split(model)
+        optimizer.update(
+            model, grads, value=value, grad=grads, value_fn=lambda p: loss_fn(nnx.merge(graph, p))
+        )
+        return hd.influence.accumulate(running, optimizer.opt_state)
+
+    for _ in range(3):
+        running = step(model, optimizer, running)
+    found = hd.influence.summarise(running)
+    assert {name: group.size for name, group in found.groups.items()} == {"bias": 1, "rest": 3}
+    assert all(group.status == "resolved" for group in found.groups.values())
+    assert found.groups["bias"].refreshes == 3
+
+
+def test_negative_curvature_is_counted_and_gives_no_number():
+    def loss_fn(params, batch):
+        return batch + params["up"] ** 2 - params["down"] ** 2
+
+    params = {"up": jnp.ones(()), "down": jnp.ones(())}
+    labels = {"up": "up", "down": "down"}
+    tx = bare(loss_fn, labels, slope="gradient")
+    running = hd.influence.start(labels, params)
+    grad = jax.grad(loss_fn)(params, 2.0)
+    state = tx.init(params)
+    _, state = tx.update(jax.tree.map(jnp.negative, grad), state, params, batch=2.0, grad=grad)
+    found = hd.influence.summarise(hd.influence.accumulate(running, state))
+    down, up = found.groups["down"], found.groups["up"]
+    assert (down.status, down.negative, down.total, down.marginal) == ("negative", 1, None, None)
+    assert up.status == "resolved"
+    assert up.total == pytest.approx(2.0, rel=1e-3)
+    assert up.marginal == pytest.approx(1.0, rel=1e-3)
+    assert up.total_error is up.marginal_error is up.per_parameter_error is None
+    assert str(found).endswith("up; no number: down (negative)")
+    assert found.ranking() == ["up", "down"]
+    assert not found.differs("up", "down")
+
+
+def test_a_group_is_resolved_by_half_of_its_refreshes():
+    params = {"x": jnp.ones(())}
+    tx, running = bare(None, "all"), hd.influence.start("all", params)
+    state = tx.init(params)
+
+    def seen(refresh, curvature):
+        return state._replace(
+            refreshes=jnp.array(refresh, jnp.int32),
+            measured_slope={"all": jnp.array(2.0)},
+            measured_curvature={"all": jnp.array(curvature)},
+            kept={"all": jnp.array(Kept.NO, jnp.int32)},
+        )
+
+    statuses = []
+    for refresh, curvature in enumerate([-1.0, 2.0, 0.0, 0.0, 4.0, 1.0], 1):
+        running = hd.influence.accumulate(running, seen(refresh, curvature))
+        statuses.append(hd.influence.summarise(running).groups["all"].status)
+    expected = ["negative", "resolved", "unresolved", "unresolved", "unresolved", "resolved"]
+    assert statuses == expected
+    group = hd.influence.summarise(running).groups["all"]
+    assert (group.negative, group.unresolved) == (1, 2)
+    assert group.total == pytest.approx(7 / 3)
+    assert group.total_error == pytest.approx(np.std([2, 1, 4], ddof=1) / np.sqrt(3), rel=1e-6)
+    assert group.marginal is None  # the averages hold no positive curvature
+
+
+def test_sizes_beyond_32_bits_are_exact():
+    size = 7 * 2**30 + 12345
+    running = hd.influence.start("all", {"w": jax.ShapeDtypeStruct((size,), jnp.bfloat16)})
+    running = running._replace(counted=jnp.array(1))
+    assert hd.influence.summarise(running).groups["all"].size == size
+
+
+def test_errors_say_what_to_do():
+    params = {"x": jnp.ones(())}
+    running = hd.influence.start("all", params)
+    with pytest.raises(ValueError, match="accumulate\\(running, opt_state\\) after every update"):
+        hd.influence.summarise(running)
+    with pytest.raises(ValueError, match=r"\['all'\].*\['other'\]"):
+        hd.influence.accumulate(running, bare(None, "other").init(params))
+    with pytest.raises(ValueError, match="no parameters for the labels"):
+        hd.influence.start({"y": "all"}, params)
+    with pytest.raises(ValueError, match="no group is called 'z'"):
+        Influence({"a": GroupInfluence(1, 1)}, 1).differs("a", "z")
+
+
+# --- the marginal share -------------------------------------------------------------------------
+
+
+@given(seed=st.integers(0, 10**6), size=st.integers(1, 12), spread=st.integers(0, 6))
+@settings(max_examples=60, deadline=None)
+def test_marginal_is_that_of_one_system_for_each_group_left_out(seed, size, spread):
+    rng = np.random.default_rng(seed)
+    root = rng.normal(size=(size, rng.integers(1, 2 * size + 1)))  # singular, often
+    units = 10.0 ** rng.uniform(-spread, spread, size)
+    matrix = root @ root.T * np.outer(units, units) / root.shape[1]
+    slope = rng.normal(size=size) * units
+    curvature = np.diagonal(matrix) * rng.choice([1.0, 1.0, 1.0, -1.0, 0.0], size)
+    coupling = matrix - np.diag(np.diagonal(matrix))
+    args = [np.asarray(x, np.float32) for x in (slope, curvature, coupling)]
+    expected = naive_marginal(*args)
+    found = marginal(Quadratic(*map(jnp.asarray, args)))
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-4 * expected.max(initial=0))
+    alone = marginal(Quadratic(*map(jnp.asarray, args[:2])))
+    np.testing.assert_allclose(alone, naive_marginal(*args[:2], None), rtol=1e-5)
+
+
+def test_marginal_of_coupling_that_is_not_positive_definite_is_finite_and_that_of_the_oracle():
+    slope, curvature = np.array([1.0, 2.0, 0.5]), np.array([1.0, 2.0, 3.0])
+    coupling = np.array([[0.0, 2.5, 0.0], [2.5, 0.0, 1.0], [0.0, 1.0, 0.0]])
+    args = [np.asarray(x, np.float32) for x in (slope, curvature, coupling)]
+    found = marginal(Quadratic(*map(jnp.asarray, args)))
+    np.testing.assert_allclose(found, naive_marginal(*args), rtol=1e-3)
+    assert np.all(found > 0)
+
+
+def test_of_two_groups_that_do_the_same_each_is_worth_little_beside_the_other():
+    coupling = jnp.array([[0.0, 0.99], [0.99, 0.0]])
+    share = marginal(Quadratic(jnp.ones(2), jnp.ones(2), coupling))
+    np.testing.assert_allclose(share, 0.5 * 0.01 / 1.99, rtol=1e-3)
+
+
+# --- the report ---------------------------------------------------------------------------------
+
+
+def _influence(**ppi_and_error):
+    groups = {
+        name: GroupInfluence(size=10, refreshes=9, total=10 * ppi, total_error=10 * error)
+        for name, (ppi, error) in ppi_and_error.items()
+    }
+    return Influence(groups, steps=90)
+
+
+def test_ranking_and_order_put_the_most_influential_first_and_mark_what_is_not_told_apart():
+    found = _influence(rest=(1.0, 0.1), norm=(3.0, 0.5), lora_B=(3.5, 0.5), head=(9.0, 1.0))
+    assert found.ranking() == ["head", "lora_B", "norm", "rest"]
+    lines = str(found).splitlines()
+    assert lines[-1] == "head > lora_B ≈ norm > rest"
+    assert [line.split()[0] for line in lines] == ["group", *found.ranking(), "head"]
+    assert "9 ± 1" in lines[1]
+    assert found.differs("norm", "lora_B", z=0.5)
+    assert found.differs("lora_B", "norm", z=0.5)
+
+
+def test_groups_without_a_number_come_last_and_without_an_error_do_not_differ():
+    found = _influence(a=(1.0, 0.1), b=(2.0, 0.1))
+    lost = GroupInfluence(size=3, refreshes=9, unresolved=9)
+    once = GroupInfluence(size=10, refreshes=1, total=99.0)
+    found = Influence({"0": lost, **found.groups, "once": once}, 90)
+    assert found.ranking() == ["once", "b", "a", "0"]
+    assert str(found).splitlines()[-1] == "once ≈ b > a; no number: 0 (unresolved)"
+    assert not found.differs("once", "a")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.steps = 3
