@@ -71,6 +71,42 @@ def learning_rates(history: Iterable[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def losses(histories: Mapping[str, Iterable[Mapping[str, Any]]], window: int = 20) -> Figure:
+    """The losses of several runs over steps, each a mean over the last `window` steps.
+
+    Args:
+      histories: for each name, one mapping per step with `loss`, and `step` if there is any.
+      window: steps; near the beginning, as many as there are.
+
+    Returns:
+      A figure with one panel.
+
+    Raises:
+      ValueError: there is no history, or one is empty or holds no losses.
+
+    Example:
+      >>> import hidlr_optax.plot
+      >>> figure = hidlr_optax.plot.losses({"AdamW": [{"loss": 2.0}, {"loss": 1.0}]})
+      >>> figure.axes[0].lines[0].get_ydata()
+      array([2. , 1.5])
+    """
+    if not histories:
+        raise ValueError("there are no histories to draw")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, history in histories.items():
+        steps, found = _series(history, "loss")
+        sums = np.cumsum(np.insert(found[""], 0, 0.0))
+        ends = np.arange(1, len(steps) + 1)
+        begins = np.maximum(ends - window, 0)
+        axes.plot(steps, (sums[ends] - sums[begins]) / (ends - begins), label=name, linewidth=1.2)
+    positive = all(min(line.get_ydata()) > 0 for line in axes.lines)  # pyright: ignore
+    axes.set(xlabel="step", ylabel=f"training loss, mean of {window} steps")
+    axes.set_yscale("log" if positive else "linear")
+    axes.legend(fontsize="small")
+    return figure
+
+
 def influence(history: Iterable[Mapping[str, Any]]) -> Figure:
     """The paper's Figures 6 and 7: per-parameter influence, groups × steps, on a log scale.
 

@@ -1,0 +1,166 @@
+"""LoRA fine-tuning of a pretrained sentence encoder (MiniLM), groups lora_A / lora_B / head.
+
+Compares `optax.chain(optax.adamw(1.0), hidlr(...))`, with nothing tuned, with AdamW at a grid of
+constant, cosine and warmed-up rates and with LoRA+ (B at sixteen times the rate of A), each of them
+tuned on validation data. By default on the sentiment of snippets of movie reviews; or on a task of
+GLUE in its standard layout (DIR/CoLA/train.tsv and dev.tsv, …).
+
+    python examples/finetune_text.py
+    python examples/finetune_text.py --data-dir DIR --task CoLA
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import data
+import jax
+import numpy as np
+import optax
+import training
+from flax import nnx
+from models import bert, lora
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+import hidlr_optax as hd
+
+SECONDS_PER_STEP = 0.23  # on two CPU cores, scoring included
+BATCH_SIZE = 16
+GRID = (3e-4, 1e-3, 3e-3)
+LOWER = (1e-4, 3e-4, 1e-3)  # for LoRA+, whose B goes faster
+LORA_PLUS = 16.0  # the rate of B over that of A
+METRICS = {"accuracy": accuracy_score, "f1": f1_score, "matthews": matthews_corrcoef}
+
+
+class Batch(NamedTuple):
+    """Tokenised texts, their classes, and the dropout key (None: no dropout)."""
+
+    tokens: Any
+    labels: Any
+    key: jax.Array | None
+
+
+class Corpus(NamedTuple):
+    """Three splits that share no example, and the metric they are scored by."""
+
+    splits: dict[str, tuple[bert.Tokens, np.ndarray]]
+    metric: str
+
+
+def load(args: Any) -> Corpus:
+    """Snippets 60/20/20; of GLUE, `dev` is the test set, and a tenth of `train` for validation."""
+    if args.data_dir is None:
+        texts, metric = data.snippets(), "accuracy"
+        order = np.random.default_rng(0).permutation(len(texts.labels))
+        parts = np.split(order, [len(order) * 3 // 5, len(order) * 4 // 5])
+        train, validation, test = (texts[part] for part in parts)
+    else:
+        texts, metric = data.glue(args.data_dir, args.task, "train"), data.GLUE[args.task].metric
+        order = np.random.default_rng(0).permutation(len(texts.labels))
+        train, validation = texts[order[len(order) // 10 :]], texts[order[: len(order) // 10]]
+        test = data.glue(args.data_dir, args.task, "dev")
+    splits = {"train": train, "validation": validation, "test": test}
+    if args.quick:
+        splits = {name: texts[np.arange(64)] for name, texts in splits.items()}
+
+    def tokenized(texts: data.Texts) -> tuple[bert.Tokens, np.ndarray]:
+        pairs: Any = zip(texts.first, texts.second, strict=True) if texts.second else texts.first
+        return bert.tokenize(list(pairs), args.max_length), texts.labels
+
+    return Corpus({name: tokenized(texts) for name, texts in splits.items()}, metric)
+
+
+def rows_of(tokens: bert.Tokens, rows: Any) -> bert.Tokens:
+    """Those rows of all three arrays."""
+    return bert.Tokens(*(array[rows] for array in tokens))
+
+
+def loss_fn(model: bert.Classifier, batch: Batch) -> jax.Array:
+    """Mean cross-entropy."""
+    rngs = None if batch.key is None else nnx.Rngs(dropout=batch.key)
+    logits = model(*batch.tokens, rngs=rngs)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
+
+
+@nnx.jit
+def predict(model: bert.Classifier, tokens: Any) -> jax.Array:
+    """(n,) classes."""
+    return model(*tokens).argmax(-1)
+
+
+def make_task(
+    corpus: Corpus, dropout: float, rank: int, layers: int | None = None
+) -> training.Task:
+    """The encoder with LoRA in queries and values and a new head, on this corpus."""
+    inputs, labels = corpus.splits["train"]
+
+    def build(seed: int) -> bert.Classifier:
+        encoder = bert.load_minilm(layers, dropout, rngs=nnx.Rngs(0))
+        model = bert.Classifier(encoder, int(labels.max()) + 1, nnx.Rngs(seed))
+        lora.add_lora(model, rank, rngs=nnx.Rngs(seed + 1000))
+        return model
+
+    def batch(seed: int, step: int) -> Batch:
+        per_epoch = len(labels) // BATCH_SIZE
+        order = np.random.default_rng((seed, step // per_epoch)).permutation(len(labels))
+        rows = order[step % per_epoch * BATCH_SIZE :][:BATCH_SIZE]
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        return Batch(rows_of(inputs, rows), labels[rows], key if dropout else None)
+
+    def evaluate(model: bert.Classifier, part: str) -> dict[str, float]:
+        tokens, truth = corpus.splits[part]
+        starts = np.arange(0, len(truth), 64)
+        guesses = [  # the last batch is filled up with repeated rows, so that all have one shape
+            predict(model, rows_of(tokens, np.arange(start, start + 64) % len(truth)))
+            for start in starts
+        ]
+        guess = np.concatenate(guesses)[: len(truth)]
+        scores = {corpus.metric: float(METRICS[corpus.metric](truth, guess))}
+        return {"score": scores[corpus.metric]} | scores
+
+    return training.Task(build, lora.TRAINED, loss_fn, batch, evaluate)
+
+
+def methods(steps: int, grid: Sequence[float], lower: Sequence[float]) -> list[training.Method]:
+    """Tuned baselines, and rules that need no tuning."""
+    given = optax.chain(optax.adamw(1.0), training.given_rates(hd.label_by_role))
+    one: dict[str, float] = dict.fromkeys(("lora_A", "lora_B", "head"), 1.0)
+    found = [
+        method
+        for schedule in training.SCHEDULES
+        for method in training.tuned(f"AdamW, {schedule}", schedule, grid, steps, given, one)
+    ]
+    plus = one | {"lora_B": LORA_PLUS}
+    found += training.tuned("LoRA+, warm-up", "warm-up", lower, steps, given, plus)
+    shared: dict[str, Any] = {"update_interval": 20, "curvature": hd.probes(batch_size=1)}
+    cosine: dict[str, Any] = shared | {"schedule": optax.cosine_decay_schedule(1.0, steps)}
+    rules = {
+        "Hi-ULR, cosine": hd.hiulr(None, **cosine),
+        "Hi-DLR": hd.hidlr(None, hd.label_by_role, **shared),
+        "Hi-DLR, cosine": hd.hidlr(None, hd.label_by_role, **cosine),
+    }
+    return found + [
+        training.Method(name, name, optax.chain(optax.adamw(1.0), rule))
+        for name, rule in rules.items()
+    ]
+
+
+def main() -> None:
+    """Runs everything."""
+    parser = training.arguments(__doc__, "finetune_text")
+    parser.add_argument("--data-dir", type=Path, help="a folder in GLUE's layout")
+    parser.add_argument("--task", default="CoLA", help=f"of GLUE: {', '.join(data.GLUE)}")
+    parser.add_argument("--max-length", type=int, default=48, help="tokens of a text or pair")
+    parser.add_argument("--rank", type=int, default=8, help="of LoRA")
+    parser.add_argument("--dropout", type=float, default=0.1)
+    args = training.parse(parser)
+    grids = (GRID[1:2], LOWER[1:2]) if args.quick else (GRID, LOWER)
+    compared = methods(args.steps, *grids)
+    training.announce(args, compared, SECONDS_PER_STEP)
+    with training.bad_input(parser):
+        task = make_task(load(args), args.dropout, args.rank)
+    training.main(task, compared, args)
+
+
+if __name__ == "__main__":
+    main()

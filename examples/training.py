@@ -1,0 +1,386 @@
+"""What the fine-tuning examples share: methods, one training loop, its log and checkpoints.
+
+Every run is one `Method` on one `Task` with one seed. Baselines are tuned the usual way: a grid of
+rates for each family, on seed 0, the best by validation score; the other seeds run that one alone.
+Runs that are in the log are not run again, and one that was cut short goes on from its checkpoint.
+"""
+
+import argparse
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from tqdm import tqdm
+
+import hidlr_optax as hd
+import hidlr_optax.flax
+import hidlr_optax.plot
+
+_NOT_SETTINGS = ("out", "seeds", "checkpoint_every")  # what may change from one call to the next
+
+Rates = Callable[[int], Mapping[str, float]]
+
+
+class Task(NamedTuple):
+    """A model to train, and the data to train it on.
+
+    Attributes:
+      build: seed -> the model.
+      wrt: the nnx filter of the parameters that are trained.
+      loss_fn: (model, batch) -> scalar.
+      batch: (seed, step) -> a batch; the same at each call, so that runs can be resumed.
+      evaluate: (model, "validation" or "test") -> named scores; "score" is what methods are
+        chosen by, higher is better.
+    """
+
+    build: Callable[[int], nnx.Module]
+    wrt: Any
+    loss_fn: Callable[[Any, Any], jax.Array]
+    batch: Callable[[int, int], Any]
+    evaluate: Callable[[Any, str], dict[str, float]]
+
+
+class Method(NamedTuple):
+    """An optimizer.
+
+    Attributes:
+      name: unique.
+      family: of the methods that share it, only the best on validation data goes through all seeds.
+      tx: takes `rates` as an argument of its update, or finds its own.
+      rates: step -> `{label: rate}` for `tx`.
+    """
+
+    name: str
+    family: str
+    tx: optax.GradientTransformationExtraArgs
+    rates: Rates = lambda step: {}
+
+
+def given_rates(param_labels: Callable[[Any], Any]) -> optax.GradientTransformationExtraArgs:
+    """Multiplies the update of each group by `rates[label]`, an argument of `update`.
+
+    The place in the chain that `hidlr` takes otherwise. As arguments, all schedules are compiled
+    once.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        del params
+        rates, labels = extra_args["rates"], param_labels(updates)
+        return jax.tree.map(lambda label, update: rates[label] * update, labels, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def label_all(params: Any) -> Any:
+    """One group."""
+    return jax.tree.map(lambda _: "all", params)
+
+
+SCHEDULES: dict[str, Callable[[int], optax.Schedule]] = {
+    "constant": lambda steps: optax.constant_schedule(1.0),
+    "cosine": lambda steps: optax.cosine_decay_schedule(1.0, steps),
+    "warm-up": lambda steps: optax.warmup_cosine_decay_schedule(
+        0.0, 1.0, max(steps // 10, 1), steps
+    ),
+}
+
+
+def tuned(
+    name: str,
+    schedule: str,
+    grid: Sequence[float],
+    steps: int,
+    tx: optax.GradientTransformationExtraArgs,
+    factors: Mapping[str, float],
+) -> list[Method]:
+    """One method for each rate of a grid.
+
+    Args:
+      name: of the family.
+      schedule: a key of `SCHEDULES`.
+      grid: the rates.
+      steps: of a run.
+      tx: ends with `given_rates`.
+      factors: label -> what the rate of that group is multiplied by.
+    """
+    curve = SCHEDULES[schedule](steps)
+
+    def rates(rate: float, step: int) -> dict[str, float]:
+        factor = float(np.asarray(curve(step)))
+        return {label: rate * factor * times for label, times in factors.items()}
+
+    return [
+        Method(f"{name} {rate:g}", name, tx, lambda step, rate=rate: rates(rate, step))
+        for rate in grid
+    ]
+
+
+class Log:
+    """Steps and results of all runs, in a file of JSON lines; of two rows for a step, the later.
+
+    Raises:
+      ValueError: the file was written under other settings.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]):
+        self.path = path
+        self._steps: dict[tuple[str, int], dict[int, dict[str, Any]]] = {}
+        self._results: dict[tuple[str, int], dict[str, Any]] = {}
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._append([{"settings": dict(settings)}])
+        with path.open() as lines:
+            for row in map(json.loads, lines):
+                self._add(row)
+                if row.get("settings", settings) != settings:
+                    raise ValueError(
+                        f"{path} was written with the settings {row['settings']}, not {settings}: "
+                        "choose another --out, or delete it"
+                    )
+
+    def _add(self, row: dict[str, Any]) -> None:
+        if "settings" in row:
+            return
+        run = row["method"], row["seed"]
+        if "step" in row:
+            self._steps.setdefault(run, {})[row["step"]] = row
+        else:
+            self._results[run] = row
+
+    def _append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        with self.path.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def write(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Adds rows: with "step" those of a step, without it those of a run's end."""
+        self._append(rows)
+        for row in rows:
+            self._add(row)
+
+    def history(self, method: str, seed: int) -> list[dict[str, Any]]:
+        """The steps of a run, in order."""
+        steps = self._steps.get((method, seed), {})
+        return [steps[step] for step in sorted(steps)]
+
+    def result(self, method: str, seed: int) -> dict[str, Any] | None:
+        """The end of a run, or None if it has not come to it."""
+        return self._results.get((method, seed))
+
+
+class Checkpoints:
+    """What a run is resumed from: the trained parameters and the state of the optimizer."""
+
+    def __init__(self, folder: Path, wrt: Any):
+        self._folder, self._wrt = folder.absolute(), wrt
+        self._manager = ocp.CheckpointManager(
+            self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=1)
+        )
+
+    def _arrays(self, model: nnx.Module, optimizer: nnx.Optimizer) -> Any:
+        parts = nnx.state(model, self._wrt), nnx.state(optimizer)
+        return [jax.tree.leaves(part) for part in parts]
+
+    def save(self, step: int, model: nnx.Module, optimizer: nnx.Optimizer) -> None:
+        """After `step` steps."""
+        self._manager.save(step, args=ocp.args.StandardSave(self._arrays(model, optimizer)))
+        self._manager.wait_until_finished()
+
+    def restore(self, model: nnx.Module, optimizer: nnx.Optimizer) -> int:
+        """Sets both to the last checkpoint. Returns its step, or 0 where there is none."""
+        step = self._manager.latest_step()
+        if step is None:
+            return 0
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, self._arrays(model, optimizer))
+        arrays = self._manager.restore(step, args=ocp.args.StandardRestore(like))
+        wholes = (model, self._wrt), (optimizer, ...)
+        for (module, part), leaves in zip(wholes, arrays, strict=True):
+            structure = jax.tree.structure(nnx.state(module, part))
+            nnx.update(module, jax.tree.unflatten(structure, leaves))
+        return step
+
+    def close(self) -> None:
+        """Deletes them: the run is over."""
+        self._manager.close()
+        shutil.rmtree(self._folder)
+
+
+def make_step(task: Task) -> Callable[..., dict[str, jax.Array]]:
+    """The training step, compiled once for each optimizer."""
+
+    @nnx.jit
+    def step(model: nnx.Module, optimizer: nnx.Optimizer, batch: Any, rates: Any) -> Any:
+        value_fn = hidlr_optax.flax.value_fn_for(model, task.loss_fn, batch, wrt=task.wrt)
+        gradient = nnx.value_and_grad(task.loss_fn, argnums=nnx.DiffState(0, task.wrt))
+        loss, grads = gradient(model, batch)
+        optimizer.update(
+            model, grads, value_fn=value_fn, value=loss, grad=grads, batch=batch, rates=rates
+        )
+        has_rates = bool(optax.tree.get_all_with_path(optimizer.opt_state, "group_learning_rates"))
+        return {"loss": loss} | (hd.metrics(optimizer.opt_state) if has_rates else {})
+
+    return step
+
+
+def train(
+    task: Task, method: Method, seed: int, step: Callable[..., Any], args: Any, log: Log
+) -> None:
+    """One run, from its last checkpoint if it has one, to its row in the log."""
+    model = task.build(seed)
+    optimizer = nnx.Optimizer(model, method.tx, wrt=task.wrt)
+    slug = "".join(c if c.isalnum() else "-" for c in f"{method.name}-{seed}")
+    checkpoints = Checkpoints(args.out / "checkpoints" / slug, task.wrt)
+    begin = checkpoints.restore(model, optimizer)
+    run, rows = {"method": method.name, "seed": seed}, []
+    bar = tqdm(range(begin, args.steps), f"{method.name}, seed {seed}", args.steps, initial=begin)
+    for n in bar:
+        start = time.perf_counter()
+        row = step(model, optimizer, task.batch(seed, n), dict(method.rates(n)))
+        row = jax.tree.map(float, jax.device_get(row))
+        rows.append(run | {"step": n, "seconds": time.perf_counter() - start} | row)
+        bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+        if (n + 1) % args.checkpoint_every == 0 and n + 1 < args.steps:
+            log.write(rows)
+            checkpoints.save(n + 1, model, optimizer)
+            rows = []
+    log.write(rows)
+    history = log.history(method.name, seed)
+    scores = {part: task.evaluate(model, part) for part in ("validation", "test")}
+    log.write(
+        [
+            run
+            | scores
+            | {
+                "train_loss": float(np.mean([row["loss"] for row in history[-args.steps // 10 :]])),
+                # The first step compiles.
+                "seconds": sum(row["seconds"] for row in history[1:]),
+            }
+        ]
+    )
+    checkpoints.close()
+
+
+def best(methods: Sequence[Method], log: Log) -> list[Method]:
+    """Of each family, the method with the best validation score on seed 0."""
+    families: dict[str, list[Method]] = {}
+    for method in methods:
+        families.setdefault(method.family, []).append(method)
+
+    def score(method: Method) -> float:
+        result = log.result(method.name, 0)
+        assert result is not None
+        return float(np.nan_to_num(result["validation"]["score"], nan=-np.inf))
+
+    return [max(family, key=score) for family in families.values()]
+
+
+def compare(task: Task, methods: Sequence[Method], args: Any, log: Log) -> list[Method]:
+    """Everything with seed 0, then the best of each family with the other seeds; returns those."""
+    step = make_step(task)
+
+    def missing(candidates: Sequence[Method], seed: int) -> None:
+        for method in candidates:
+            if log.result(method.name, seed) is None:
+                train(task, method, seed, step, args, log)
+
+    missing(methods, 0)
+    chosen = best(methods, log)
+    for seed in range(1, args.seeds):
+        missing(chosen, seed)
+    return chosen
+
+
+def table(methods: Sequence[Method], seeds: int, log: Log) -> str:
+    """Test scores, mean ± standard deviation over the seeds of each method, as Markdown."""
+    rows, names = [], []
+    for method in methods:
+        found = [log.result(method.name, seed) for seed in range(seeds)]
+        results = [result for result in found if result is not None]
+        names = list(results[0]["test"])
+        names.remove("score")
+        cells = [method.name, str(len(results))]
+        for values in (
+            *([100 * result["test"][name] for result in results] for name in names),
+            [100 * result["validation"]["score"] for result in results],
+        ):
+            cells.append(f"{np.mean(values):.1f} ± {np.std(values):.1f}")
+        cells.append(f"{np.mean([result['train_loss'] for result in results]):.3f}")
+        cells.append(f"{np.median([result['seconds'] for result in results]):.0f}")
+        rows.append(f"| {' | '.join(cells)} |")
+    head = ["method", "seeds", *(f"test {name}, %" for name in names), "validation score, %"]
+    head += ["train loss", "seconds"]
+    return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *rows])
+
+
+def draw(chosen: Sequence[Method], log: Log, out: Path) -> None:
+    """Losses of the chosen methods; rates and influences of the first that has some."""
+    histories = {method.name: log.history(method.name, 0) for method in chosen}
+    hidlr_optax.plot.losses(histories).savefig(out / "losses.png", dpi=120)
+    for name, history in histories.items():
+        if sum(key.startswith("learning_rate/") for key in history[0]) > 1:
+            slug = name.replace(", ", "-").replace(" ", "-").replace("/", "-")
+            hidlr_optax.plot.learning_rates(history).savefig(out / f"rates-{slug}.png", dpi=120)
+            hidlr_optax.plot.influence(history).savefig(out / f"influence-{slug}.png", dpi=120)
+
+
+def parse(parser: argparse.ArgumentParser) -> Any:
+    """The arguments; those of a smoke run with --quick."""
+    args = parser.parse_args()
+    for name in ("steps", "seeds", "checkpoint_every"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.quick:
+        args.steps, args.seeds, args.checkpoint_every = min(args.steps, 4), 1, 2
+    return args
+
+
+@contextlib.contextmanager
+def bad_input(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """What is wrong with the data, in one line and without a traceback."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+
+
+def announce(args: Any, methods: Sequence[Method], seconds_per_step: float) -> None:
+    """Prints how long it will take."""
+    families = len({method.family for method in methods})
+    runs = len(methods) + families * (args.seeds - 1)
+    minutes = runs * args.steps * seconds_per_step / 60
+    print(f"{runs} runs of {args.steps} steps: about {minutes:.0f} minutes on two CPU cores")
+
+
+def main(task: Task, methods: Sequence[Method], args: Any) -> None:
+    """Trains, prints the tables and draws the figures."""
+    settings = {name: str(value) for name, value in vars(args).items() if name not in _NOT_SETTINGS}
+    start = time.perf_counter()
+    log = Log(args.out / "log.jsonl", settings)
+    chosen = compare(task, methods, args, log)
+    print("\nThe best of each family:", table(chosen, args.seeds, log), sep="\n\n")
+    others = [method for method in methods if method not in chosen]
+    if others:
+        print("\nThe rest of the grids:", table(others, 1, log), sep="\n\n")
+    draw(chosen, log, args.out)
+    print(f"\n{(time.perf_counter() - start) / 60:.1f} minutes; log and figures: {args.out}")
+
+
+def arguments(description: str | None, out: str) -> argparse.ArgumentParser:
+    """The options that the examples share."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=300, help="of each run")
+    parser.add_argument("--seeds", type=int, default=1, help="for the best of each family")
+    parser.add_argument("--checkpoint-every", type=int, default=100, help="steps")
+    parser.add_argument("--out", type=Path, default=Path(out), help="log, checkpoints and figures")
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+    return parser
