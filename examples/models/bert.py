@@ -68,15 +68,15 @@ class Layer(nnx.Module):
     """Attention and MLP, each added to its input and normalised after."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
-        width, self.rate = config.width, config.dropout
-        self.attention = Attention(width, config.heads, dropout=config.dropout, rngs=rngs)
-        self.norm_attention = nnx.LayerNorm(width, epsilon=1e-12, rngs=rngs)
-        self.mlp = MLP(width, config.hidden, rngs=rngs)
-        self.norm_mlp = nnx.LayerNorm(width, epsilon=1e-12, rngs=rngs)
+        self.rate = config.dropout
+        self.attention = Attention(config.width, config.heads, rngs)
+        self.norm_attention = nnx.LayerNorm(config.width, epsilon=1e-12, rngs=rngs)
+        self.mlp = MLP(config.width, config.hidden, rngs)
+        self.norm_mlp = nnx.LayerNorm(config.width, epsilon=1e-12, rngs=rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
         """(n, t, width) and (n, t) -> (n, t, width)."""
-        x = self.norm_attention(x + dropout(self.attention(x, mask, rngs), self.rate, rngs))
+        x = self.norm_attention(x + dropout(self.attention(x, mask), self.rate, rngs))
         return self.norm_mlp(x + dropout(self.mlp(x), self.rate, rngs))
 
 
@@ -210,8 +210,8 @@ def load_minilm(layers: int | None = None, dropout: float = 0.0, *, rngs: nnx.Rn
 
     Args:
       layers: how many of the six to keep, counted from the input. None: all.
-      dropout: its rate, after the embeddings, on attention weights, and after attention and MLP. It
-        was 0.1 where the model was trained.
+      dropout: its rate, after the embeddings and after each attention and MLP. (Attention weights
+        are never dropped, so that a GPU may fuse the attention.)
       rngs: for values that the trained ones then replace.
 
     Raises:

@@ -26,7 +26,7 @@ def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
 class Attention(nnx.Module):
     """Multi-head self-attention."""
 
-    def __init__(self, width: int, heads: int, *, dropout: float = 0.0, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, rngs: nnx.Rngs):
         if width % heads:
             raise ValueError(f"heads must divide the width {width}, got {heads}")
         self.heads = heads
@@ -34,39 +34,31 @@ class Attention(nnx.Module):
         self.key = nnx.Linear(width, width, rngs=rngs)
         self.value = nnx.Linear(width, width, rngs=rngs)
         self.out = nnx.Linear(width, width, rngs=rngs)
-        self.dropout = dropout
 
-    def __call__(
-        self, x: jax.Array, mask: jax.Array | None = None, rngs: nnx.Rngs | None = None
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """(n, t, width), and a mask (n, t) of the tokens to attend to -> (n, t, width)."""
         n, t, width = x.shape
-
-        def split(y: jax.Array) -> jax.Array:
-            return y.reshape(n, t, self.heads, width // self.heads).transpose(0, 2, 1, 3)
-
-        # (n·t, width): with three axes, the gradient of a kernel would cost XLA a transpose.
-        rows = x.reshape(n * t, width)
-        query, key, value = split(self.query(rows)), split(self.key(rows)), split(self.value(rows))
-        scores = query @ key.mT * (width // self.heads) ** -0.5
-        if mask is not None:
-            scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(x.dtype).min)
-        weights = dropout(jax.nn.softmax(scores), self.dropout, rngs)
-        mixed = (weights @ value).transpose(0, 2, 1, 3)
-        return self.out(mixed.reshape(n * t, width)).reshape(n, t, width)
+        split = (n, t, self.heads, width // self.heads)
+        query, key, value = (linear(x) for linear in (self.query, self.key, self.value))
+        mixed = jax.nn.dot_product_attention(
+            query.reshape(split),
+            key.reshape(split),
+            value.reshape(split),
+            mask=None if mask is None else mask[:, None, None, :],  # (n, heads, query, key)
+        )
+        return self.out(mixed.reshape(x.shape))
 
 
 class MLP(nnx.Module):
     """Two linear layers with a GELU between."""
 
-    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, hidden: int, rngs: nnx.Rngs):
         self.up = nnx.Linear(width, hidden, rngs=rngs)
         self.down = nnx.Linear(hidden, width, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(n, t, width) -> (n, t, width)."""
-        rows = x.reshape(-1, x.shape[-1])  # for the reason that Attention gives
-        return self.down(gelu(self.up(rows))).reshape(x.shape)
+        return self.down(gelu(self.up(x)))
 
 
 def load_weights(model: nnx.Module, find: Callable[[str], np.ndarray]) -> None:

@@ -72,10 +72,10 @@ class Layer(nnx.Module):
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         self.norm_attention = nnx.LayerNorm(config.width, epsilon=1e-6, rngs=rngs)
-        self.attention = Attention(config.width, config.heads, rngs=rngs)
+        self.attention = Attention(config.width, config.heads, rngs)
         self.scale_attention = nnx.Param(jnp.ones(config.width))
         self.norm_mlp = nnx.LayerNorm(config.width, epsilon=1e-6, rngs=rngs)
-        self.mlp = MLP(config.width, config.hidden, rngs=rngs)
+        self.mlp = MLP(config.width, config.hidden, rngs)
         self.scale_mlp = nnx.Param(jnp.ones(config.width))
 
     def __call__(self, x: jax.Array) -> jax.Array:
