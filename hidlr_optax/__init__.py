@@ -1,7 +1,8 @@
 """Hessian-informed differential learning rates for Optax (Hi-DLR, arXiv 2501.06954)."""
 
-from hidlr_optax import influence
+from hidlr_optax import influence, peft
 from hidlr_optax._aliases import hiulr, multi_steps, paper_hidlr
+from hidlr_optax._plan import Plan
 from hidlr_optax._quadratic import Kept, Quadratic
 from hidlr_optax._report import Influence
 from hidlr_optax._solvers import coupled, diagonal
@@ -17,6 +18,7 @@ __all__ = [
     "HiDLRState",
     "Influence",
     "Kept",
+    "Plan",
     "Quadratic",
     "Suggestion",
     "coupled",
@@ -32,6 +34,7 @@ __all__ = [
     "metrics",
     "multi_steps",
     "paper_hidlr",
+    "peft",
     "probes",
     "suggest",
 ]
