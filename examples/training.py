@@ -373,12 +373,12 @@ def main(task: Task, methods: Sequence[Method], args: Any) -> None:
     print(f"\n{(time.perf_counter() - start) / 60:.1f} minutes; log and figures: {args.out}")
 
 
-def arguments(description: str | None, out: str) -> argparse.ArgumentParser:
+def arguments(description: str | None, out: str, steps: int) -> argparse.ArgumentParser:
     """The options that the examples share."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=300, help="of each run")
+    parser.add_argument("--steps", type=int, default=steps, help="of each run")
     parser.add_argument("--seeds", type=int, default=1, help="for the best of each family")
     parser.add_argument("--checkpoint-every", type=int, default=100, help="steps")
     parser.add_argument("--out", type=Path, default=Path(out), help="log, checkpoints and figures")
