@@ -76,6 +76,6 @@ def load_weights(model: nnx.Module, find: Callable[[str], np.ndarray]) -> None:
         path = "/".join(map(str, parts))
         value = find(path)
         if value.shape != param.shape:
-            raise ValueError(f"{path} has shape {param.shape}, but its weights {value.shape}")
+            raise ValueError(f"{path} has shape {param.shape}, but its weights have {value.shape}")
         param[...] = jnp.asarray(value, param.dtype)
     nnx.update(model, params)

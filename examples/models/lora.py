@@ -37,12 +37,14 @@ def add_lora(
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     modules = [module for _, module in nnx.iter_modules(model)]
-    for target in targets:
-        parents = [m for m in modules if isinstance(getattr(m, target, None), nnx.Linear)]
-        if not parents:
-            raise ValueError(f"{type(model).__name__} has no nnx.Linear named {target!r}")
-        for parent in parents:
-            setattr(parent, target, _adapted(getattr(parent, target), rank, rngs))
+    found = [
+        (m, t) for m in modules for t in targets if isinstance(getattr(m, t, None), nnx.Linear)
+    ]
+    missing = sorted(set(targets) - {target for _, target in found})
+    if missing:
+        raise ValueError(f"{type(model).__name__} has no nnx.Linear named {missing[0]!r}")
+    for parent, target in found:
+        setattr(parent, target, _adapted(getattr(parent, target), rank, rngs))
 
 
 def _adapted(linear: nnx.Linear, rank: int, rngs: nnx.Rngs) -> nnx.LoRA:

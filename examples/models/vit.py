@@ -105,9 +105,9 @@ class ViT(nnx.Module):
         Raises:
           ValueError: the images have another size, or not three channels.
         """
-        expected = (self.config.image_size, self.config.image_size, 3)
-        if images.shape[1:] != expected:
-            raise ValueError(f"images must have shape (n, {expected}), got {images.shape}")
+        size = self.config.image_size
+        if images.shape[1:] != (size, size, 3):
+            raise ValueError(f"images must have shape (n, {size}, {size}, 3), got {images.shape}")
         x = self.embed(images)
         for layer in self.layers:
             x = layer(x)
