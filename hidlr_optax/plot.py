@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from hidlr_optax._plan import Plan, Value
 from hidlr_optax._quadratic import Kept
 from hidlr_optax._suggest import Suggestion
 
@@ -199,3 +200,56 @@ def fit(suggestion: Suggestion) -> Figure:
         row[0].set_ylabel("change of the loss")
     axes[0, 0].legend(fontsize="small")
     return figure
+
+
+_MOST_NAMED = 12  # plans whose groups are written beside them
+
+
+def pareto(plans: Iterable[Plan], value: Value = "total") -> Figure:
+    """Influence that trains against the number of parameters it takes: the front of AdaPEFT.
+
+    Args:
+      plans: from `hidlr_optax.peft.pareto`, or any plans that rest on an influence.
+      value: the one the front was made for, "total" or "marginal".
+
+    Returns:
+      A figure with one panel. Of a dozen plans or fewer, each is named by the groups that it trains
+      and the plan before it does not.
+
+    Raises:
+      ValueError: there are no plans, or one rests on no influence.
+
+    Example:
+      >>> import hidlr_optax as hd, hidlr_optax.plot
+      >>> from hidlr_optax.influence import GroupInfluence
+      >>> groups = {
+      ...     "head": GroupInfluence(size=10, refreshes=9, total=0.5),
+      ...     "rest": GroupInfluence(size=900, refreshes=9, total=0.7),
+      ... }
+      >>> figure = hidlr_optax.plot.pareto(hd.peft.pareto(hd.Influence(groups, steps=90)))
+      >>> [text.get_text() for text in figure.axes[0].texts]
+      ['+ head', '+ rest − head', '+ head']
+    """
+    front = sorted(plans, key=lambda plan: plan.parameters or 0)
+    if not front:
+        raise ValueError("there is no plan to draw: pass peft.pareto(influence)")
+    sizes = [plan.parameters or 0 for plan in front]
+    worth = [plan.worth(value) for plan in front]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.step(sizes, worth, where="post", color="tab:blue", linewidth=1)
+    axes.plot(sizes, worth, "o", color="tab:blue", markersize=4)
+    if len(front) <= _MOST_NAMED:
+        for plan, before, x, y in zip(front, [None, *front], sizes, worth, strict=False):
+            text = _difference(plan, before)
+            axes.annotate(text, (x, y), (4, -10), textcoords="offset points", fontsize="x-small")
+    axes.set(xscale="log", xlabel="trainable parameters", ylabel=f"{value} influence")
+    axes.margins(x=0.15)
+    return figure
+
+
+def _difference(plan: Plan, before: Plan | None) -> str:
+    """Which groups train that did not, and which no longer do."""
+    old = frozenset() if before is None else before.trainable
+    changes = {"+": plan.trainable - old, "−": old - plan.trainable}
+    return " ".join(f"{sign} {', '.join(sorted(x))}" for sign, x in changes.items() if x)

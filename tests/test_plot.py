@@ -81,3 +81,35 @@ def test_influence_says_what_is_missing():
         plot.influence([])
     with pytest.raises(ValueError, match="starts with 'influence/'"):
         plot.influence([{"loss": 1.0}])
+
+
+def _found(**size_and_total):
+    groups = {
+        name: hd.influence.GroupInfluence(size, 9, total=total, marginal=total / 4)
+        for name, (size, total) in size_and_total.items()
+    }
+    return hd.Influence(groups, steps=90)
+
+
+@pytest.mark.parametrize(("value", "unit"), [("total", 1.0), ("marginal", 0.25)])
+def test_pareto_draws_influence_over_parameters_and_names_what_each_plan_adds(value, unit):
+    front = hd.peft.pareto(_found(a=(10, 1.0), b=(20, 4.0), c=(1000, 0.5)), value=value)
+    (axes,) = plot.pareto(reversed(front), value).axes
+    steps, points = axes.lines
+    expected = [[10, 1.0], [20, 4.0], [30, 5.0], [1030, 5.5]]
+    np.testing.assert_allclose(points.get_xydata(), np.array(expected) * [1, unit])
+    np.testing.assert_allclose(steps.get_xydata(), points.get_xydata())
+    assert steps.get_drawstyle() == "steps-post"
+    assert [text.get_text() for text in axes.texts] == ["+ a", "+ b − a", "+ a", "+ c"]
+    assert (axes.get_xscale(), axes.get_ylabel()) == ("log", f"{value} influence")
+
+
+def test_pareto_of_many_plans_names_none_and_of_no_plan_is_refused():
+    found = _found(**{f"g{k}": (2**k, 2.0**k) for k in range(5)})
+    (axes,) = plot.pareto(hd.peft.pareto(found)).axes
+    assert not axes.texts
+    assert len(axes.lines[0].get_xdata()) == 31
+    with pytest.raises(ValueError, match="no plan to draw"):
+        plot.pareto([])
+    with pytest.raises(ValueError, match="rests on no influence"):
+        plot.pareto([hd.Plan({"a"}, {"b"})])
