@@ -41,7 +41,7 @@ def image_classifier():
 def some_tokens(n=4, t=10):
     """(tokens, mask) with three to t tokens that are not padding."""
     tokens = jax.random.randint(jax.random.key(1), (n, t), 0, BERT.vocabulary)
-    return tokens, jnp.arange(t) < jnp.linspace(3, t, n, dtype=int)[:, None]
+    return tokens, jnp.arange(t) < np.linspace(3, t, n).astype(int)[:, None]
 
 
 def paths(model, filters=nnx.Param):

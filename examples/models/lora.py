@@ -36,7 +36,7 @@ def add_lora(
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
-    modules = [module for _, module in nnx.iter_modules(model)]
+    modules = [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)]
     found = [
         (m, t) for m in modules for t in targets if isinstance(getattr(m, t, None), nnx.Linear)
     ]
