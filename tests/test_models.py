@@ -341,6 +341,11 @@ class TestLoRA:
             lora.add_lora(model, 2, targets, rngs=nnx.Rngs(0))
         assert paths(model) == before
 
+    def test_a_target_named_twice_is_adapted_once(self):
+        model = text_classifier()
+        lora.add_lora(model, 2, ("query", "query"), rngs=nnx.Rngs(0))
+        assert sum(path.endswith("lora_a") for path in paths(model)) == BERT.layers
+
     def test_not_twice(self):
         model = text_classifier()
         lora.add_lora(model, 2, rngs=nnx.Rngs(0))

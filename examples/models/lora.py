@@ -37,12 +37,11 @@ def add_lora(
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     modules = [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)]
-    found = [
-        (m, t) for m in modules for t in targets if isinstance(getattr(m, t, None), nnx.Linear)
-    ]
-    missing = sorted(set(targets) - {target for _, target in found})
+    names = dict.fromkeys(targets)  # each once
+    found = [(m, t) for m in modules for t in names if isinstance(getattr(m, t, None), nnx.Linear)]
+    missing = names.keys() - {target for _, target in found}
     if missing:
-        raise ValueError(f"{type(model).__name__} has no nnx.Linear named {missing[0]!r}")
+        raise ValueError(f"{type(model).__name__} has no nnx.Linear named {min(missing)!r}")
     for parent, target in found:
         setattr(parent, target, _adapted(getattr(parent, target), rank, rngs))
 
