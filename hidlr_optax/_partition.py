@@ -31,7 +31,9 @@ def split(params: Any, labels: Any, plan: Plan) -> tuple[Any, Any]:
 
     Differentiate, and initialise the optimizer, with respect to the trainable tree alone; then the
     frozen groups cost a forward pass and nothing else. Hand the frozen tree to the jitted step as
-    an argument: a closure would make constants of it.
+    an argument: a closure would make constants of it. Updates that are merely set to zero do not
+    save as much: `hidlr` takes inner products with all gradients it is given, and so keeps the
+    backward pass of frozen groups alive.
 
     Args:
       params: any pytree.

@@ -116,6 +116,10 @@ def accumulate(running: Running, opt_state: Any) -> Running:
     ½ b²/a where not. A is made positive definite where it is not, by drawing the correlations
     between groups towards none as little as that takes.
 
+    A slope that is all noise has b² > 0 too, so the mean total of a group that does nothing is not
+    zero: batches as large as can be had make it small. Averaged slopes, and so marginal shares,
+    hold less of that noise.
+
     Args:
       running: from `start`, or from the step before.
       opt_state: the state after `update`, of `hidlr` or of anything that contains it.
