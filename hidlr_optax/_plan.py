@@ -14,6 +14,11 @@ Rules = Sequence[tuple[str, str]] | Literal["role"] | None
 Value = Literal["total", "marginal"]
 
 
+def check_value(value: str) -> None:
+    if value not in ("total", "marginal"):
+        raise ValueError(f"value must be 'total' or 'marginal', got {value!r}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Which groups train and which are frozen, and what that rests on.
@@ -104,8 +109,9 @@ class Plan:
           value: "total", b²/a, or "marginal".
 
         Raises:
-          ValueError: the plan rests on no influence.
+          ValueError: the plan rests on no influence, or `value` is neither of the two.
         """
+        check_value(value)
         if self.influence is None:
             raise ValueError("the plan rests on no influence, so there is nothing to add up")
         groups = self.influence.groups

@@ -29,7 +29,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from hidlr_optax._knapsack import Subset, best_subsets
 from hidlr_optax._partition import Absent, merge, split, trainable_labels
-from hidlr_optax._plan import Plan, Rules, Value
+from hidlr_optax._plan import Plan, Rules, Value, check_value
 from hidlr_optax._report import Influence
 
 __all__ = [
@@ -128,8 +128,7 @@ def _candidates(
     influence: Influence, sizes: Mapping[str, int] | None, value: Value
 ) -> tuple[list[str], list[tuple[int, float]]]:
     """Labels of the groups that are worth something, and (parameters, value) of each."""
-    if value not in ("total", "marginal"):
-        raise ValueError(f"value must be 'total' or 'marginal', got {value!r}")
+    check_value(value)
     if sizes is not None and set(sizes) != set(influence.groups):
         raise ValueError(
             f"sizes must have the labels {sorted(influence.groups)}, got {sorted(sizes)}"

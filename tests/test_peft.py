@@ -191,6 +191,8 @@ def test_sizes_of_a_larger_model_are_what_the_budget_is_measured_in():
         hd.peft.pareto(found, {"head": 1})
     with pytest.raises(ValueError, match="'total' or 'marginal', got 'ppi'"):
         hd.peft.pareto(found, value="ppi")
+    with pytest.raises(ValueError, match="'total' or 'marginal', got 'size'"):
+        front[0].worth("size")
     with pytest.raises(ValueError, match="no plan to choose from"):
         hd.peft.within([], 3)
 
@@ -539,7 +541,10 @@ def test_a_plan_trains_its_part_and_no_other(trained):
     assert step._cache_size() == 1
     assert losses[-1] < losses[0] / 2
     assert list(optax.tree.get(state, "group_learning_rates")) == [trained]
-    assert list(hd.influence.summarise(running).groups) == [trained]
+    found = hd.influence.summarise(running)
+    assert list(found.groups) == [trained]
+    measured = hd.peft.select(found, 1.0)
+    assert hd.Plan.from_json(measured.to_json()) == measured
     after = hd.peft.merge(trainable, frozen)
     part, other = ("head", "body") if trained == "head" else ("body", "head")
     _assert_same(after[other], params[other])
