@@ -16,7 +16,6 @@ from typing import Any
 
 import data
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import training
@@ -54,8 +53,8 @@ def loss_fn(model: vit.Classifier, batch: Any) -> jax.Array:
 
 @nnx.jit
 def predict(model: vit.Classifier, images: jax.Array) -> jax.Array:
-    """(n,) classes."""
-    return model(images).argmax(-1)
+    """(n, classes) logits."""
+    return model(images)
 
 
 def make_task(splits: dict[str, data.Images], image_size: int) -> training.Task:
@@ -74,13 +73,12 @@ def make_task(splits: dict[str, data.Images], image_size: int) -> training.Task:
 
     def evaluate(model: vit.Classifier, part: str) -> dict[str, float]:
         images, truth = splits[part]
-        guesses = []
-        for start in range(0, len(truth), 64):
-            rows = np.arange(start, start + 64) % len(truth)  # all batches of one shape
-            guesses.append(predict(model, vit.normalise(images[rows], image_size)))
-        guess = jnp.concatenate(guesses)[: len(truth)]
+        rows = np.arange(-(-len(truth) // 64) * 64).reshape(-1, 64) % len(truth)  # of one shape
+        batches = [vit.normalise(images[chosen], image_size) for chosen in rows]
+        logits = np.concatenate([predict(model, batch) for batch in batches])
+        guess, loss = training.classified(logits[: len(truth)], truth)
         accuracy = float((guess == truth).mean())
-        return {"score": accuracy, "accuracy": accuracy}
+        return {"score": accuracy, "accuracy": accuracy, "loss": loss}
 
     return training.Task(build, nnx.Param, loss_fn, batch, evaluate)
 

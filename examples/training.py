@@ -298,26 +298,35 @@ def compare(task: Task, methods: Sequence[Method], args: Any, log: Log) -> list[
     return chosen
 
 
+def classified(logits: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, float]:
+    """(n, classes) logits and (n,) classes -> (n,) guesses, and the mean cross-entropy."""
+    logits = logits - logits.max(1, keepdims=True)
+    losses = np.log(np.exp(logits).sum(1)) - np.take_along_axis(logits, truth[:, None], 1)[:, 0]
+    return logits.argmax(1), float(losses.mean())
+
+
+def _cell(name: str, values: Sequence[float]) -> str:
+    """Mean ± standard deviation, of anything but a loss in percent."""
+    mean, deviation = np.mean(values), np.std(values)
+    if name == "loss":
+        return f"{mean:.3f} ± {deviation:.3f}"
+    return f"{100 * mean:.1f} ± {100 * deviation:.1f} %"
+
+
 def table(methods: Sequence[Method], seeds: int, log: Log) -> str:
-    """Test scores, mean ± standard deviation over the seeds of each method, as Markdown."""
+    """Test scores over the seeds that each method has run with, as Markdown."""
     rows, names = [], []
     for method in methods:
         found = [log.result(method.name, seed) for seed in range(seeds)]
         results = [result for result in found if result is not None]
-        names = list(results[0]["test"])
-        names.remove("score")
-        cells = [method.name, str(len(results))]
-        for values in (
-            *([100 * result["test"][name] for result in results] for name in names),
-            [100 * result["validation"]["score"] for result in results],
-        ):
-            cells.append(f"{np.mean(values):.1f} ± {np.std(values):.1f}")
-        cells.append(f"{np.mean([result['train_loss'] for result in results]):.3f}")
-        cells.append(f"{np.median([result['seconds'] for result in results]):.0f}")
-        rows.append(f"| {' | '.join(cells)} |")
-    head = ["method", "seeds", *(f"test {name}, %" for name in names), "validation score, %"]
-    head += ["train loss", "seconds"]
-    return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *rows])
+        names = [name for name in results[0]["test"] if name != "score"]
+        tests = [_cell(name, [result["test"][name] for result in results]) for name in names]
+        train_loss = _cell("loss", [result["train_loss"] for result in results])
+        seconds = np.median([result["seconds"] for result in results])
+        rows.append([method.name, len(results), *tests, train_loss, f"{seconds:.0f}"])
+    head = ["method", "seeds", *(f"test {name}" for name in names), "train loss", "seconds"]
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def draw(chosen: Sequence[Method], log: Log, out: Path) -> None:
@@ -351,10 +360,12 @@ def bad_input(parser: argparse.ArgumentParser) -> Iterator[None]:
         parser.error(str(error))
 
 
-def announce(args: Any, methods: Sequence[Method], seconds_per_step: float) -> None:
+def announce(
+    args: Any, methods: Sequence[Method], seconds_per_step: float, problems: int = 1
+) -> None:
     """Prints how long it will take."""
     families = len({method.family for method in methods})
-    runs = len(methods) + families * (args.seeds - 1)
+    runs = (len(methods) + families * (args.seeds - 1)) * problems
     minutes = runs * args.steps * seconds_per_step / 60
     print(f"{runs} runs of {args.steps} steps: about {minutes:.0f} minutes on two CPU cores")
 
@@ -368,7 +379,7 @@ def main(task: Task, methods: Sequence[Method], args: Any) -> None:
     print("\nThe best of each family:", table(chosen, args.seeds, log), sep="\n\n")
     others = [method for method in methods if method not in chosen]
     if others:
-        print("\nThe rest of the grids:", table(others, 1, log), sep="\n\n")
+        print("\nThe rest of the grids, seed 0:", table(others, 1, log), sep="\n\n")
     draw(chosen, log, args.out)
     print(f"\n{(time.perf_counter() - start) / 60:.1f} minutes; log and figures: {args.out}")
 

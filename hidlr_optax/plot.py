@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -32,10 +33,14 @@ def _series(history: Iterable[Mapping[str, Any]], field: str) -> tuple[np.ndarra
 
 
 def _draw_rates(axes: Axes, steps: np.ndarray, rates: Mapping[str, np.ndarray]) -> None:
+    if len(rates) > 10:  # more than the usual colours
+        axes.set_prop_cycle(color=colormaps["turbo"](np.linspace(0.05, 0.95, len(rates))))
     for label, values in rates.items():
         axes.step(steps, values, where="post", label=label)
     axes.set(xlabel="step", ylabel="learning rate", yscale="log")
-    axes.legend(title="group")
+    columns = -(-len(rates) // 15)
+    outside: Any = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if columns > 1 else {}
+    axes.legend(title="group", ncols=columns, fontsize="small" if columns > 1 else None, **outside)
 
 
 def learning_rates(history: Iterable[Mapping[str, Any]]) -> Figure:

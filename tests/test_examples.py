@@ -196,7 +196,7 @@ def test_compare_tunes_on_one_seed_and_runs_the_best_on_all(tmp_path, monkeypatc
     assert log.result("A 0.1", 1) is not None
     assert log.result("A 1e-06", 1) is None
     lines = training.table(chosen, 2, log).splitlines()
-    assert lines[0].startswith("| method | seeds | test loss, %")
+    assert lines[0].startswith("| method | seeds | test loss | train loss")
     assert lines[2].startswith("| A 0.1 | 2 |")
     training.draw(chosen, log, tmp_path)
     assert {path.name for path in tmp_path.glob("*.png")} == {
