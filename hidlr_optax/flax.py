@@ -12,7 +12,9 @@ import optax
 from flax import nnx
 from flax.training import train_state
 
-from hidlr_optax._paths import shown
+from hidlr_optax._partition import trainable_labels
+from hidlr_optax._paths import leaf_paths, shown
+from hidlr_optax._plan import Plan
 
 
 class TrainState(train_state.TrainState):
@@ -180,3 +182,42 @@ def label_by_filter(
     if uncovered:
         raise ValueError(f"no rule selects {shown(uncovered)}; add one, or pass default='rest'")
     return flax.traverse_util.unflatten_dict(labels)
+
+
+def trainable_filter(
+    model: nnx.Module, labels: Any, plan: Plan, wrt: Any = nnx.Param
+) -> Callable[[Any, Any], bool]:
+    """The nnx filter of the parameters that a plan trains: `hidlr_optax.peft.split` for nnx.
+
+    Use it wherever `wrt` is asked for: in `nnx.Optimizer`, in `nnx.DiffState` for the gradient, and
+    in `value_fn_for`. What it leaves out has no gradients, no optimizer state and no updates.
+
+    Args:
+      model: the nnx module.
+      labels: for the parameters that `wrt` selects, as `hidlr` takes them.
+      plan: from `hidlr_optax.peft`, or of its kind.
+      wrt: the filter of the parameters that are labelled.
+
+    Returns:
+      (path, variable) -> bool.
+
+    Raises:
+      ValueError: the labels do not match the parameters, or are not those of the plan.
+
+    Example:
+      >>> import hidlr_optax as hd, hidlr_optax.flax
+      >>> from flax import nnx
+      >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+      >>> plan = hd.Plan(trainable={"bias"}, frozen={"rest"})
+      >>> wrt = hidlr_optax.flax.trainable_filter(model, hd.label_by_role, plan)
+      >>> [path for path, _ in nnx.to_flat_state(nnx.state(model, wrt))]
+      [('bias',)]
+    """
+    chosen = trainable_labels(nnx.state(model, wrt), labels, plan)
+    paths = frozenset(path for path, _ in leaf_paths(chosen))
+
+    def trains(path: Any, variable: Any) -> bool:
+        del variable
+        return tuple(map(str, path)) in paths
+
+    return trains

@@ -316,3 +316,41 @@ def test_filters_that_select_nothing_are_refused():
         hdf.label_by_filter(model, [], default="rest", wrt=nnx.LoRAParam)
     with pytest.raises(ValueError, match="selects no parameter of NNXModel"):
         hdf.value_fn_for(model, nnx_loss, BATCH, wrt=nnx.LoRAParam)
+
+
+def test_a_plan_as_an_nnx_filter_trains_its_groups_alone():
+    model = Adapted(nnx.Rngs(0))
+    plan = hd.Plan(trainable={"lora_B", "head"}, frozen={"lora_A", "bias", "rest"})
+    wrt = hdf.trainable_filter(model, hd.label_by_role, plan)
+    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
+    tx = optax.chain(
+        promoting("standard", optax.adamw(1.0)), hd.hidlr(None, hd.label_by_role, update_interval=5)
+    )
+    optimizer = nnx.Optimizer(model, tx, wrt=wrt)
+
+    @nnx.jit
+    def step(model, optimizer, batch):
+        value_fn = hdf.value_fn_for(model, nnx_loss, batch, wrt=wrt)
+        loss, grads = nnx.value_and_grad(nnx_loss, argnums=nnx.DiffState(0, wrt))(model, batch)
+        optimizer.update(model, grads, value_fn=value_fn, value=loss, grad=grads)
+        return loss
+
+    losses = [float(step(model, optimizer, BATCH)) for _ in range(60)]
+    assert np.mean(losses[-10:]) < 0.8 * losses[0]
+    after = nnx.to_pure_dict(nnx.state(model))
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before["body"], after["body"])
+    assert moved == {
+        "lora_a": False,
+        "lora_b": True,
+        "base_module": {"bias": False, "kernel": False},
+    }
+    assert set(hd.influence.find_state(optimizer.opt_state).group_learning_rates) == {
+        "lora_B",
+        "head",
+    }
+    # Adam's moments and the lagged direction: three copies of what trains, and scalars.
+    trained = sum(x.size for x in jax.tree.leaves(nnx.state(model, wrt)))
+    stored = sum(x.size for x in jax.tree.leaves(optimizer.opt_state) if x.ndim)
+    assert stored == 3 * trained
+    with pytest.raises(ValueError, match=r"plan does not know \['lora_A', 'rest'\]"):
+        hdf.trainable_filter(model, hd.label_by_role, hd.Plan({"head"}, {"bias", "lora_B"}))
