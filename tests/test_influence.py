@@ -310,6 +310,20 @@ def test_a_group_is_resolved_by_half_of_its_refreshes():
     assert group.marginal is None  # the averages hold no positive curvature
 
 
+def test_a_quotient_that_overflows_is_no_number_and_spoils_no_error():
+    params = {"x": jnp.ones(())}
+    state, running = bare(None, "all").init(params), hd.influence.start("all", params)
+    for refresh, slope in enumerate([1.0, 3.0, 1e30], 1):
+        state = state._replace(
+            refreshes=jnp.array(refresh, jnp.int32),
+            measured_slope={"all": jnp.array(slope)},
+            measured_curvature={"all": jnp.array(1.0)},
+        )
+        running = hd.influence.accumulate(running, state)
+    group = hd.influence.summarise(running).groups["all"]
+    assert (group.unresolved, group.total, group.total_error) == (1, 5.0, 4.0)
+
+
 def test_sizes_beyond_32_bits_are_exact():
     size = 7 * 2**30 + 12345
     running = hd.influence.start("all", {"w": jax.ShapeDtypeStruct((size,), jnp.bfloat16)})
@@ -386,6 +400,9 @@ def test_ranking_and_order_put_the_most_influential_first_and_mark_what_is_not_t
     assert "9 ± 1" in lines[1]
     assert found.differs("norm", "lora_B", z=0.5)
     assert found.differs("lora_B", "norm", z=0.5)
+    close = _influence(a=(1.0, 0.1), b=(1.25, 0.1), c=(1.3, 0.1))  # 2·√0.02 = 0.283
+    assert not close.differs("a", "b")
+    assert close.differs("a", "c")
 
 
 def test_groups_without_a_number_come_last_and_without_an_error_do_not_differ():

@@ -177,6 +177,16 @@ def test_within_is_the_best_of_all_subsets_that_the_budget_allows(influence, bud
         assert plan.worth() == pytest.approx(max(affordable), rel=1e-12)
 
 
+def test_a_group_worth_nothing_is_in_no_plan():
+    found = _of(idle=(1, 0.0), head=(10, 1.0))
+    (plan,) = hd.peft.pareto(found)
+    assert plan.frozen == {"idle"}
+    with pytest.raises(ValueError, match="smallest group is 'head' with 10"):
+        hd.peft.within(found, 5)
+    with pytest.raises(ValueError, match="no group has a total influence above zero"):
+        hd.peft.pareto(_of(idle=(1, 0.0)))
+
+
 def test_sizes_of_a_larger_model_are_what_the_budget_is_measured_in():
     found = _of(head=(10, 1.0), rest=(20, 3.0))
     sizes = {"head": 100, "rest": 50}
