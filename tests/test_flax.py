@@ -322,7 +322,7 @@ def test_a_plan_as_an_nnx_filter_trains_its_groups_alone():
     model = Adapted(nnx.Rngs(0))
     plan = hd.Plan(trainable={"lora_B", "head"}, frozen={"lora_A", "bias", "rest"})
     wrt = hdf.trainable_filter(model, hd.label_by_role, plan)
-    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
+    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     tx = optax.chain(
         promoting("standard", optax.adamw(1.0)), hd.hidlr(None, hd.label_by_role, update_interval=5)
     )
@@ -337,7 +337,7 @@ def test_a_plan_as_an_nnx_filter_trains_its_groups_alone():
 
     losses = [float(step(model, optimizer, BATCH)) for _ in range(60)]
     assert np.mean(losses[-10:]) < 0.8 * losses[0]
-    after = nnx.to_pure_dict(nnx.state(model))
+    after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before["body"], after["body"])
     assert moved == {
         "lora_a": False,
