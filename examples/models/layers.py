@@ -1,4 +1,4 @@
-"""What a BERT and a ViT have in common: attention, the MLP, and filling in trained weights.
+"""What a BERT, a ViT and a GPT have in common: attention, the MLP, and filling in trained weights.
 
 Dropout is on where a call is given `rngs`, and off without. No module keeps random state, so that
 `nnx.split(model)` gives the structure and parameters only, and a loss is a pure function of its
@@ -24,12 +24,12 @@ def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention."""
+    """Multi-head self-attention; causal: to nothing that comes later."""
 
-    def __init__(self, width: int, heads: int, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, rngs: nnx.Rngs, *, causal: bool = False):
         if width % heads:
             raise ValueError(f"heads must divide the width {width}, got {heads}")
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.query = nnx.Linear(width, width, rngs=rngs)
         self.key = nnx.Linear(width, width, rngs=rngs)
         self.value = nnx.Linear(width, width, rngs=rngs)
@@ -45,6 +45,7 @@ class Attention(nnx.Module):
             key.reshape(split),
             value.reshape(split),
             mask=None if mask is None else mask[:, None, None, :],  # (n, heads, query, key)
+            is_causal=self.causal,
         )
         return self.out(mixed.reshape(x.shape))
 

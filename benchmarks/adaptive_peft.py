@@ -1,0 +1,590 @@
+"""Does influence choose the right groups to train? The paper's section 5, against an oracle.
+
+MiniLM with LoRA, and seven candidate groups that are all there at once: lora_A, lora_B, bias, norm,
+head, embed, rest. All of them train for a tenth of the steps while influence is accumulated; then
+plans are chosen, and each is trained from the pretrained weights.
+
+1. Table 3's form: ψ from 1 to 2000, quality, trained parameters, and cost by XLA's own count.
+2. Transfer: chosen on the first two or three layers, trained on all six.
+3. The oracle: every group trained alone. Rank correlations of what it wins with influence, and with
+   what is cheaper to know: gradient, Fisher information, the number of parameters.
+4. With --e2e-dir, Table 4's form: a small GPT, pretrained here on English prose, tuned on E2E.
+
+    python benchmarks/adaptive_peft.py
+    python benchmarks/adaptive_peft.py --data-dir GLUE --e2e-dir E2E
+
+Results are kept in a file; what is there is not computed again.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from scipy.stats import spearmanr
+from tqdm import tqdm
+
+import hidlr_optax as hd
+import hidlr_optax.plot
+
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+import data
+import finetune_text
+import training
+from models import gpt, lora
+
+PSIS = (1.0, 1.1, 10.0, 500.0, 1000.0, 2000.0)
+TRANSFER_LAYERS = (2, 3)
+LABELS = hd.label_by_role
+RIVALS = ("total influence", "gradient", "Fisher", "parameters")
+
+
+class Problem(NamedTuple):
+    """What plans are made for.
+
+    Attributes:
+      name: unique.
+      task: trains all of its parameters.
+      small: its smaller versions, by name, on which plans are made to be transferred.
+    """
+
+    name: str
+    task: training.Task
+    small: Mapping[str, training.Task] = {}
+
+
+def base_optimizer() -> optax.GradientTransformation:
+    """The direction of all runs."""
+    return optax.adamw(1.0)
+
+
+def rule(labels: Any, steps: int) -> optax.GradientTransformationExtraArgs:
+    """The rates: `hidlr` with nothing tuned."""
+    return hd.hidlr(
+        None,
+        labels,
+        update_interval=20,
+        curvature=hd.probes(batch_size=1),
+        schedule=optax.cosine_decay_schedule(1.0, steps),
+    )
+
+
+def pretrained(task: training.Task, seed: int) -> tuple[Any, dict[str, Any]]:
+    """The model's structure, and its parameters as nested dicts."""
+    graph, params = nnx.split(task.build(seed))
+    return graph, nnx.to_pure_dict(params)
+
+
+def scores(task: training.Task, graph: Any, params: Any) -> dict[str, float]:
+    """Of a model on the test set."""
+    return task.evaluate(nnx.merge(graph, params), "test")
+
+
+def squared_by_group(params: Any, tree: Any) -> dict[str, jax.Array]:
+    """Sum of squares over each group."""
+    labels = jax.tree.leaves(LABELS(params))
+    sums: dict[str, jax.Array] = {}
+    for label, leaf in zip(labels, jax.tree.leaves(tree), strict=True):
+        sums[label] = sums.get(label, jnp.zeros(())) + jnp.sum(leaf**2)
+    return sums
+
+
+def measure(task: training.Task, seed: int, steps: int, whole: int) -> dict[str, Any]:
+    """Trains all groups and watches: influence, gradients, Fisher information.
+
+    Args:
+      task: to train.
+      seed: of the run.
+      steps: to train and to measure.
+      whole: steps of the run that the schedule is made for.
+
+    Returns:
+      "plan", that of ψ = 1 as JSON, with the influence in it; "history", for the heatmap; and by
+      group "gradient" (mean squared norm of batch gradients) and "Fisher" (that of gradients of
+      single examples, of the last batch).
+    """
+    graph, params = pretrained(task, seed)
+    tx = optax.chain(base_optimizer(), rule(LABELS, whole))
+    state, running = tx.init(params), hd.influence.start(LABELS, params)
+
+    def loss_of(params: Any, batch: Any) -> jax.Array:
+        return task.loss_fn(nnx.merge(graph, params), batch)
+
+    @jax.jit
+    def step(params: Any, state: Any, running: Any, batch: Any) -> Any:
+        value, grad = jax.value_and_grad(loss_of)(params, batch)
+        updates, state = tx.update(
+            grad, state, params, value_fn=lambda p: loss_of(p, batch), value=value, grad=grad
+        )
+        running = hd.influence.accumulate(running, state)
+        row = {"loss": value} | hd.metrics(state)
+        return (
+            optax.apply_updates(params, updates),
+            state,
+            running,
+            row,
+            squared_by_group(params, grad),
+        )
+
+    history, gradients = [], []
+    for n in tqdm(range(steps), f"all groups, seed {seed}"):
+        batch = task.batch(seed, n)
+        params, state, running, row, squares = step(params, state, running, batch)
+        history.append(row)
+        gradients.append(squares)
+
+    @jax.jit
+    def fisher(params: Any, batch: Any) -> Any:
+        def of_example(example: Any) -> Any:
+            one = jax.tree.map(lambda x: x[None], example)
+            return squared_by_group(params, jax.grad(loss_of)(params, one))
+
+        return jax.tree.map(lambda x: x.mean(0), jax.lax.map(of_example, batch))
+
+    last = jax.tree.map(jnp.asarray, task.batch(seed, steps))
+    found = hd.influence.summarise(running)
+    numbers = {
+        "history": history,
+        "gradient": {k: np.mean([row[k] for row in gradients]) for k in gradients[0]},
+        "Fisher": fisher(params, last),
+    }
+    plan = hd.peft.select(found, 1.0, rules="role")
+    return jax.tree.map(float, jax.device_get(numbers)) | {"plan": plan.to_json()}
+
+
+def cost(task: training.Task, plan: hd.Plan) -> dict[str, float]:
+    """One step of the base optimizer under a plan, as XLA counts it.
+
+    Returns:
+      "flops", and "bytes": what is alive during the step, arguments, temporaries and the
+      optimizer's state.
+    """
+    graph, params = pretrained(task, 0)
+    trainable, frozen = hd.peft.split(params, LABELS, plan)
+    tx = base_optimizer()
+
+    def step(trainable: Any, frozen: Any, state: Any, batch: Any) -> Any:
+        def loss_of(trainable: Any) -> jax.Array:
+            return task.loss_fn(nnx.merge(graph, hd.peft.merge(trainable, frozen)), batch)
+
+        grad = jax.grad(loss_of)(trainable)
+        updates, state = tx.update(grad, state, trainable)
+        return optax.apply_updates(trainable, updates), state
+
+    arguments = trainable, frozen, tx.init(trainable), task.batch(0, 0)
+    compiled = jax.jit(step, donate_argnums=(0, 2)).lower(*arguments).compile()
+    memory: Any = compiled.memory_analysis()
+    analysis: Any = compiled.cost_analysis()
+    alive = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return {"flops": float(analysis["flops"]), "bytes": float(alive)}
+
+
+def train(task: training.Task, plan: hd.Plan, seed: int, steps: int) -> dict[str, Any]:
+    """Trains what the plan says, from the pretrained weights.
+
+    Returns:
+      "test", the scores; "loss", of the last tenth of the steps; "seconds" of the median step.
+    """
+    graph, params = pretrained(task, seed)
+    trainable, frozen = hd.peft.split(params, LABELS, plan)
+    tx = optax.chain(base_optimizer(), rule(hd.peft.trainable_labels(params, LABELS, plan), steps))
+    state = tx.init(trainable)
+
+    @jax.jit
+    def step(trainable: Any, frozen: Any, state: Any, batch: Any) -> Any:
+        def loss_of(trainable: Any) -> jax.Array:
+            return task.loss_fn(nnx.merge(graph, hd.peft.merge(trainable, frozen)), batch)
+
+        value, grad = jax.value_and_grad(loss_of)(trainable)
+        updates, state = tx.update(grad, state, trainable, value_fn=loss_of, value=value, grad=grad)
+        return optax.apply_updates(trainable, updates), state, value
+
+    losses, seconds = [], []
+    for n in tqdm(range(steps), f"{'+'.join(sorted(plan.trainable))}, seed {seed}"):
+        start = time.perf_counter()
+        trainable, state, value = step(trainable, frozen, state, task.batch(seed, n))
+        losses.append(float(value))
+        seconds.append(time.perf_counter() - start)
+    params = hd.peft.merge(trainable, frozen)
+    return {
+        "test": scores(task, graph, params),
+        "loss": float(np.mean(losses[-max(steps // 10, 1) :])),
+        "seconds": float(np.median(seconds)),
+    }
+
+
+class Results:
+    """What has been computed, by key, in a file of JSON lines."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path, self._known = path, {}
+        if path.exists():
+            for line in path.read_text().splitlines():
+                row = json.loads(line)
+                self._known[tuple(row["key"])] = row["value"]
+
+    def get(self, key: Sequence[Any], compute: Callable[[], Any]) -> Any:
+        """The value of a key, computed if it is not there."""
+        name = tuple(map(str, key))
+        if name not in self._known:
+            self._known[name] = compute()
+            with self._path.open("a") as file:
+                file.write(json.dumps({"key": name, "value": self._known[name]}) + "\n")
+        return self._known[name]
+
+
+class Study:
+    """All measurements and runs of one problem."""
+
+    def __init__(self, problem: Problem, results: Results, steps: int, seeds: int):
+        self.problem, self.steps, self.seeds = problem, steps, range(seeds)
+        self._results = results
+
+    def measured(self, seed: int, small: str | None = None) -> dict[str, Any]:
+        """From `measure`, on the problem or a smaller version."""
+        task = self.problem.task if small is None else self.problem.small[small]
+        key = self.problem.name, self.steps, "measure", small, seed
+        short = max(self.steps // 10, 2)
+        return self._results.get(key, lambda: measure(task, seed, short, self.steps))
+
+    def influence(self, seed: int, small: str | None = None) -> hd.Influence:
+        """What the groups are worth."""
+        found = hd.Plan.from_json(self.measured(seed, small)["plan"]).influence
+        assert found is not None
+        return found
+
+    def select(self, psi: float, seed: int, small: str | None = None) -> hd.Plan | None:
+        """The plan for ψ; None where it would freeze everything."""
+        try:
+            return hd.peft.select(self.influence(seed, small), psi, rules="role")
+        except ValueError:
+            return None
+
+    def trained(self, plan: hd.Plan, seed: int) -> dict[str, Any]:
+        """From `train`."""
+        key = self.problem.name, self.steps, "train", *sorted(plan.trainable), seed
+        return self._results.get(key, lambda: train(self.problem.task, plan, seed, self.steps))
+
+    def cost(self, plan: hd.Plan) -> dict[str, float]:
+        """From `cost`."""
+        key = self.problem.name, "cost", *sorted(plan.trainable)
+        return self._results.get(key, lambda: cost(self.problem.task, plan))
+
+    def untrained(self, seed: int) -> dict[str, float]:
+        """Test scores before the first step."""
+        key = self.problem.name, "untrained", seed
+        return self._results.get(
+            key, lambda: scores(self.problem.task, *pretrained(self.problem.task, seed))
+        )
+
+    def alone(self, label: str) -> hd.Plan:
+        """The plan that trains one group."""
+        sizes = hd.Plan.from_json(self.measured(0)["plan"]).sizes
+        assert sizes is not None
+        return hd.Plan({label}, set(sizes) - {label}, sizes=sizes)
+
+
+def rank_correlation(one: Any, other: Any) -> float:
+    """Spearman's ρ."""
+    found: Any = spearmanr(one, other)
+    return float(found.statistic)
+
+
+def mean_sd(values: Sequence[float], digits: int = 3) -> str:
+    """For tables."""
+    return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
+
+
+def as_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """As Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def plan_row(study: Study, name: str, plans: Sequence[hd.Plan]) -> list[Any]:
+    """One line of Table 3: a plan for each seed, and what it comes to."""
+    runs = [study.trained(plan, seed) for seed, plan in zip(study.seeds, plans, strict=True)]
+    everything = hd.Plan(plans[0].labels, frozenset())
+    full, own = study.cost(everything), study.cost(plans[0])
+    groups = [", ".join(sorted(plan.trainable)) for plan in plans]
+    kinds = "; ".join(sorted(set(groups), key=groups.index))
+    sizes = study.alone(next(iter(plans[0].labels))).sizes
+    assert sizes is not None
+    share = sum(sizes[label] for label in plans[0].trainable) / sum(sizes.values())
+    quality = [name for name in runs[0]["test"] if name not in ("score", "loss")]
+    return [
+        name,
+        "all" if plans[0].trainable == plans[0].labels else kinds,
+        f"{100 * share:.2f} %",
+        *(mean_sd([run["test"][key] for run in runs]) for key in (*quality, "loss")),
+        f"{own['flops'] / full['flops']:.2f}",
+        f"{own['bytes'] / full['bytes']:.2f}",
+        f"{np.mean([run['seconds'] for run in runs]):.3f}",
+    ]
+
+
+def plan_table(study: Study, rows: Sequence[tuple[str, Sequence[hd.Plan]]]) -> str:
+    """Table 3's form."""
+    run = study.trained(rows[0][1][0], 0)
+    quality = [f"test {name}" for name in run["test"] if name not in ("score", "loss")]
+    head = ["chosen by", "trains", "parameters", *quality, "test loss"]
+    head += ["FLOPs / full", "memory / full", "seconds a step"]
+    return as_table(head, [plan_row(study, *row) for row in rows])
+
+
+def by_psi(study: Study) -> list[tuple[str, list[hd.Plan]]]:
+    """The plans of all ψ that leave a group in each seed."""
+    rows = []
+    for psi in PSIS:
+        plans = [study.select(psi, seed) for seed in study.seeds]
+        if all(plans):
+            rows.append((f"ψ = {psi:g}", [plan for plan in plans if plan]))
+    return rows
+
+
+def transferred(study: Study, psi: float) -> list[tuple[str, list[hd.Plan]]]:
+    """Plans made on smaller models, applied to the whole one by their rules."""
+    rows = []
+    for small in study.problem.small:
+        plans = []
+        for seed in study.seeds:
+            plan = study.select(psi, seed, small)
+            assert plan is not None
+            plan.label(pretrained(study.problem.task, seed)[1])  # raises where a rule finds nothing
+            plans.append(plan)
+        rows.append((f"ψ = {psi:g}, {small}", plans))
+    return rows
+
+
+def correlations(study: Study) -> str:
+    """Of what each group wins when it trains alone, with what was to predict it, by seed."""
+    labels = sorted(study.influence(0).groups)
+    found: dict[str, list[float]] = {name: [] for name in (*RIVALS, "PPI", "1 / parameters")}
+    wins_of_seed: list[list[float]] = []
+    for seed in study.seeds:
+        measured, groups = study.measured(seed), study.influence(seed).groups
+        before = study.untrained(seed)["loss"]
+        wins = [before - study.trained(study.alone(k), seed)["test"]["loss"] for k in labels]
+        wins_of_seed.append(wins)
+        sizes = [groups[k].size for k in labels]
+        predicted = {
+            "total influence": [groups[k].total or 0.0 for k in labels],
+            "gradient": [measured["gradient"][k] for k in labels],
+            "Fisher": [measured["Fisher"][k] for k in labels],
+            "parameters": sizes,
+        }
+        for name, values in predicted.items():
+            found[name].append(rank_correlation(values, wins))
+        each = np.array(wins) / sizes
+        found["PPI"].append(
+            rank_correlation([groups[k].per_parameter or 0.0 for k in labels], each)
+        )
+        found["1 / parameters"].append(rank_correlation(1 / np.array(sizes), each))
+    pairs = itertools.combinations(wins_of_seed, 2)
+    between = [rank_correlation(one, other) for one, other in pairs]
+    rows = [
+        (
+            name,
+            "loss won per parameter" if name in ("PPI", "1 / parameters") else "loss won",
+            mean_sd(x, 2),
+        )
+        for name, x in found.items()
+    ]
+    if between:
+        rows.append(("the same in another seed", "loss won", mean_sd(between, 2)))
+    return as_table(["predictor", "of", "Spearman's ρ"], rows)
+
+
+def oracle_table(study: Study) -> str:
+    """Every group alone: what was predicted, and what it won."""
+    rows = []
+    for label in study.influence(0).ranking():
+        groups = [study.influence(seed).groups[label] for seed in study.seeds]
+        runs = [study.trained(study.alone(label), seed) for seed in study.seeds]
+        before = [study.untrained(seed)["loss"] for seed in study.seeds]
+        numbers = [group.per_parameter for group in groups if group.per_parameter is not None]
+        totals = [group.total for group in groups if group.total is not None]
+        wins = [b - run["test"]["loss"] for b, run in zip(before, runs, strict=True)]
+        score = [run["test"]["score"] for run in runs]
+        rows.append(
+            [
+                label,
+                groups[0].size,
+                f"{np.mean(numbers):.2g}" if numbers else groups[0].status,
+                f"{np.mean(totals):.2g}" if totals else groups[0].status,
+                mean_sd(wins),
+                mean_sd(score),
+            ]
+        )
+    head = ["group", "parameters", "PPI", "total influence", "loss won alone", "test score alone"]
+    return as_table(head, rows)
+
+
+def report(study: Study, out: Path) -> None:
+    """Everything on one problem."""
+    print(f"\n### {study.problem.name}\n")
+    print(study.influence(0), "\n")
+    print(plan_table(study, by_psi(study)))
+    if study.problem.small:
+        print("\nChosen on the first layers:\n")
+        print(plan_table(study, transferred(study, psi=10.0)))
+        for small in study.problem.small:
+            rhos = []
+            for seed in study.seeds:
+                whole, part = study.influence(seed).groups, study.influence(seed, small).groups
+                values = [[g[k].per_parameter or 0.0 for k in sorted(whole)] for g in (whole, part)]
+                rhos.append(rank_correlation(*values))
+            print(f"\nρ of the PPIs with those of {small}: {mean_sd(rhos, 2)}")
+    print("\nEach group alone:\n")
+    print(oracle_table(study), correlations(study), sep="\n\n")
+    slug = study.problem.name.replace(" ", "-").replace(",", "")
+    heatmap = hidlr_optax.plot.influence(study.measured(0)["history"])
+    heatmap.savefig(out / f"influence-{slug}.png", dpi=120)
+    front = hd.peft.pareto(study.influence(0), rules="role")
+    hidlr_optax.plot.pareto(front).savefig(out / f"pareto-{slug}.png", dpi=120)
+
+
+def text_problem(args: argparse.Namespace) -> Problem:
+    """MiniLM with LoRA, on CoLA or on snippets of reviews; smaller ones are its first layers."""
+    corpus = finetune_text.load(args)
+    whole, *small = (
+        finetune_text.make_task(corpus, dropout=0.0, rank=8, layers=n)._replace(wrt=nnx.Param)
+        for n in (None, *TRANSFER_LAYERS)
+    )
+    names = [f"{n} layers" for n in TRANSFER_LAYERS]
+    name = "snippets" if args.data_dir is None else args.task
+    return Problem(f"MiniLM, {name}", whole, dict(zip(names, small, strict=True)))
+
+
+def pack(tokens: Sequence[list[int]], length: int) -> np.ndarray:
+    """Texts, one after the other with 0 between them, as (n, length) int32."""
+    stream = np.concatenate([np.array([*text, 0], np.int32) for text in tokens])
+    return stream[: len(stream) // length * length].reshape(-1, length)
+
+
+def language_loss(logits: jax.Array, batch: tuple[Any, Any]) -> jax.Array:
+    """Cross-entropy of what follows, mean over the tokens that count."""
+    tokens, counts = batch
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
+    weights = counts[:, 1:].astype(losses.dtype)
+    return jnp.sum(losses * weights) / jnp.maximum(weights.sum(), 1)
+
+
+def pretrain(config: gpt.Config, rows: np.ndarray, steps: int, path: Path) -> dict[str, Any]:
+    """The parameters of a GPT trained on English prose, from `path` if they are there."""
+    graph, params = nnx.split(gpt.GPT(config, nnx.Rngs(0)))
+    params = nnx.to_pure_dict(params)
+    leaves, structure = jax.tree.flatten(params)
+    if path.exists():
+        with np.load(path) as arrays:
+            return jax.tree.unflatten(structure, [arrays[str(k)] for k in range(len(leaves))])
+    tx = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 3e-3, steps // 10, steps))
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params: Any, state: Any, tokens: Any) -> Any:
+        def loss_of(params: Any) -> jax.Array:
+            batch = tokens, jnp.ones_like(tokens)
+            return language_loss(nnx.merge(graph, params)(tokens), batch)
+
+        value, grad = jax.value_and_grad(loss_of)(params)
+        updates, state = tx.update(grad, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    rng = np.random.default_rng(0)
+    bar = tqdm(range(steps), "pretraining")
+    for _ in bar:
+        params, state, value = step(params, state, rows[rng.integers(0, len(rows), 16)])
+        bar.set_postfix(loss=f"{float(value):.2f}", refresh=False)
+    np.savez(path, **{str(k): leaf for k, leaf in enumerate(jax.tree.leaves(params))})
+    return params
+
+
+def e2e_problem(args: argparse.Namespace) -> Problem:
+    """A small GPT with LoRA that learns to describe restaurants; only the description counts."""
+    config = gpt.Config()
+    train_texts = data.e2e(args.e2e_dir, "devset.csv")
+    test_texts = data.e2e(args.e2e_dir, "testset_w_refs.csv")
+    prose = data.prose()
+    tokenizer = gpt.train_tokenizer(prose, config.vocabulary)
+    rows = pack([text.ids for text in tokenizer.encode_batch(prose)], config.positions)
+    steps = 20 if args.quick else 800
+    weights = pretrain(config, rows, steps, args.out / f"gpt-{steps}.npz")
+
+    def encode(texts: data.Texts, count: int) -> tuple[np.ndarray, np.ndarray]:
+        tokens = np.zeros((count, config.positions), np.int32)
+        counts = np.zeros((count, config.positions), bool)
+        chosen = np.random.default_rng(0).permutation(len(texts.first))[:count]
+        for row, n in enumerate(chosen):
+            given = tokenizer.encode(f"{texts.first[n]} => ").ids
+            told = [*tokenizer.encode(texts.second[n]).ids, 0]  # pyright: ignore
+            both = [*given, *told][: config.positions]
+            tokens[row, : len(both)] = both
+            counts[row, len(given) : len(both)] = True
+        return tokens, counts
+
+    sets = {"train": encode(train_texts, 4000), "test": encode(test_texts, 512)}
+
+    def build(seed: int) -> gpt.GPT:
+        model = gpt.GPT(config, nnx.Rngs(0))
+        nnx.update(model, weights)
+        lora.add_lora(model, 8, rngs=nnx.Rngs(seed))
+        return model
+
+    def loss_fn(model: gpt.GPT, batch: Any) -> jax.Array:
+        return language_loss(model(batch[0]), batch)
+
+    def batch(seed: int, step: int) -> Any:
+        chosen = np.random.default_rng((seed, step)).integers(0, 4000, 16)
+        return tuple(array[chosen] for array in sets["train"])
+
+    loss_of = nnx.jit(loss_fn)
+
+    def evaluate(model: gpt.GPT, part: str) -> dict[str, float]:
+        del part
+        parts = [tuple(array[n : n + 64] for array in sets["test"]) for n in range(0, 512, 64)]
+        weights = [part[1][:, 1:].sum() for part in parts]
+        loss = float(np.average([float(loss_of(model, part)) for part in parts], weights=weights))
+        return {"score": -loss, "loss": loss}
+
+    return Problem("GPT, E2E", training.Task(build, nnx.Param, loss_fn, batch, evaluate))
+
+
+def main() -> None:
+    """Runs everything."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data-dir", type=Path, help="a folder in GLUE's layout")
+    parser.add_argument("--task", default="CoLA", help="of GLUE")
+    parser.add_argument("--e2e-dir", type=Path, help="with devset.csv and testset_w_refs.csv")
+    parser.add_argument("--max-length", type=int, default=32, help="tokens of a text")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("adaptive_peft"))
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+    args = parser.parse_args()
+    if args.quick:
+        args.steps, args.seeds = 4, 2
+    args.out.mkdir(parents=True, exist_ok=True)
+    with training.bad_input(parser):
+        problems = [text_problem(args)]
+        if args.e2e_dir is not None:
+            problems.append(e2e_problem(args))
+    results = Results(args.out / "results.jsonl")
+    for problem in problems:
+        report(Study(problem, results, args.steps, args.seeds), args.out)
+
+
+if __name__ == "__main__":
+    main()
