@@ -9,7 +9,6 @@ GLUE in its standard layout (DIR/CoLA/train.tsv and dev.tsv, …).
     python examples/finetune_text.py --data-dir DIR --task CoLA
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,17 +117,17 @@ def make_task(
     return training.Task(build, lora.TRAINED, loss_fn, batch, evaluate)
 
 
-def methods(steps: int, grid: Sequence[float], lower: Sequence[float]) -> list[training.Method]:
+def methods(steps: int) -> list[training.Method]:
     """Tuned baselines, and rules that need no tuning."""
     given = optax.chain(optax.adamw(1.0), training.given_rates(hd.label_by_role))
     one: dict[str, float] = dict.fromkeys(("lora_A", "lora_B", "head"), 1.0)
     found = [
         method
         for schedule in training.SCHEDULES
-        for method in training.tuned(f"AdamW, {schedule}", schedule, grid, steps, given, one)
+        for method in training.tuned(f"AdamW, {schedule}", schedule, GRID, steps, given, one)
     ]
     plus = one | {"lora_B": LORA_PLUS}
-    found += training.tuned("LoRA+, warm-up", "warm-up", lower, steps, given, plus)
+    found += training.tuned("LoRA+, warm-up", "warm-up", LOWER, steps, given, plus)
     shared: dict[str, Any] = {"update_interval": 20, "curvature": hd.probes(batch_size=1)}
     cosine: dict[str, Any] = shared | {"schedule": optax.cosine_decay_schedule(1.0, steps)}
     rules = {
@@ -151,11 +150,10 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8, help="of LoRA")
     parser.add_argument("--dropout", type=float, default=0.1)
     args = training.parse(parser)
-    grids = (GRID[1:2], LOWER[1:2]) if args.quick else (GRID, LOWER)
-    compared = methods(args.steps, *grids)
+    compared = training.offered(args, methods(args.steps))
     training.announce(args, compared, SECONDS_PER_STEP)
     with training.bad_input(parser):
-        task = make_task(load(args), args.dropout, args.rank)
+        task = make_task(load(args), args.dropout, args.rank, layers=2 if args.quick else None)
     training.main(task, compared, args)
 
 

@@ -10,7 +10,6 @@ pixels; or on a file with x_train, y_train, x_test and y_test.
 """
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +82,13 @@ def make_task(splits: dict[str, data.Images], image_size: int) -> training.Task:
     return training.Task(build, nnx.Param, loss_fn, batch, evaluate)
 
 
-def methods(steps: int, grid: Sequence[float]) -> list[training.Method]:
+def methods(steps: int) -> list[training.Method]:
     """Tuned baselines, and rules that need no tuning."""
     given = optax.chain(optax.adamw(1.0), training.given_rates(training.label_all))
     found = [
         method
         for schedule in training.SCHEDULES
-        for method in training.tuned(f"AdamW, {schedule}", schedule, grid, steps, given, {"all": 1})
+        for method in training.tuned(f"AdamW, {schedule}", schedule, GRID, steps, given, {"all": 1})
     ]
     shared: dict[str, Any] = {"update_interval": 20, "curvature": hd.probes(batch_size=1)}
     cosine: dict[str, Any] = shared | {"schedule": optax.cosine_decay_schedule(1.0, steps)}
@@ -109,7 +108,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="an npz file, or the folder it is in")
     parser.add_argument("--image-size", type=int, default=56, help="a multiple of 14 pixels")
     args = training.parse(parser)
-    compared = methods(args.steps, GRID[1:2] if args.quick else GRID)
+    compared = training.offered(args, methods(args.steps))
     training.announce(args, compared, SECONDS_PER_STEP)
     with training.bad_input(parser):
         vit.Config(args.image_size)

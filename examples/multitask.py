@@ -10,7 +10,6 @@ data.
 """
 
 import argparse
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import data
@@ -146,13 +145,13 @@ def make_task(problem: Problem) -> training.Task:
     return training.Task(build, nnx.Param, loss_fn, batch, evaluate)
 
 
-def methods(steps: int, grid: Sequence[float]) -> list[training.Method]:
+def methods(steps: int) -> list[training.Method]:
     """Tuned baselines, and rules that need no tuning."""
     given = optax.chain(optax.adamw(1.0), training.given_rates(training.label_all))
     found = [
         method
         for schedule in training.SCHEDULES
-        for method in training.tuned(f"AdamW, {schedule}", schedule, grid, steps, given, {"all": 1})
+        for method in training.tuned(f"AdamW, {schedule}", schedule, GRID, steps, given, {"all": 1})
     ]
     probes = hd.probes(batch_size=1)
     decay = optax.cosine_decay_schedule(1.0, steps)
@@ -172,7 +171,7 @@ def main() -> None:
     """Runs everything."""
     parser = training.arguments(__doc__, "multitask", steps=300)
     args = training.parse(parser)
-    compared = methods(args.steps, GRID[1:2] if args.quick else GRID)
+    compared = training.offered(args, methods(args.steps))
     training.announce(args, compared, SECONDS_PER_STEP, problems=2)
     for problem in (yeast, digits):
         print(f"\n{problem.__doc__}\n")

@@ -360,6 +360,11 @@ def bad_input(parser: argparse.ArgumentParser) -> Iterator[None]:
         parser.error(str(error))
 
 
+def offered(args: Any, methods: Sequence[Method]) -> list[Method]:
+    """All of the methods; with --quick, one baseline and one rule."""
+    return [methods[0], methods[-1]] if args.quick else list(methods)
+
+
 def announce(
     args: Any, methods: Sequence[Method], seconds_per_step: float, problems: int = 1
 ) -> None:

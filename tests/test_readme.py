@@ -24,3 +24,8 @@ def test_python_blocks_run_in_order_and_the_loss_falls():
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), namespace)
     assert float(namespace["loss"]) < 0.5
+
+
+def test_the_recipe_is_short():
+    recipe = README.split("<!-- recipe -->")[1].split("<!-- /recipe -->")[0]
+    assert len(recipe.strip().splitlines()) - 2 <= 15  # without the fences
