@@ -17,13 +17,18 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from flax import nnx
 from tqdm import tqdm
 
 import hidlr_optax as hd
 import hidlr_optax.flax
 import hidlr_optax.plot
+
+try:
+    import orbax.checkpoint as ocp
+except ModuleNotFoundError as error:
+    error.add_note("The fine-tuning examples need the extra `models`: pip install -e '.[models]'")
+    raise
 
 _NOT_SETTINGS = ("out", "seeds", "checkpoint_every")  # what may change from one call to the next
 

@@ -48,6 +48,17 @@ def test_glue_says_what_is_wrong(tmp_path):
         data.glue(tmp_path, "CoLA", "dev")
 
 
+def test_e2e_reads_what_is_to_be_told_and_what_is_told(tmp_path):
+    _write(tmp_path / "devset.csv", 'mr,ref\n"name[A], food[B]","A has B."\n')
+    texts = data.e2e(tmp_path, "devset.csv")
+    assert (texts.first, texts.second) == (["name[A], food[B]"], ["A has B."])
+    with pytest.raises(FileNotFoundError, match=r"testset_w_refs\.csv is missing"):
+        data.e2e(tmp_path, "testset_w_refs.csv")
+    _write(tmp_path / "devset.csv", "a,b\n1,2\n")
+    with pytest.raises(ValueError, match="must have the columns mr and ref"):
+        data.e2e(tmp_path, "devset.csv")
+
+
 def test_npz_scales_bytes_and_says_what_is_wrong(tmp_path):
     arrays = {
         "x_train": np.full((2, 4, 4), 255, np.uint8),
@@ -227,6 +238,14 @@ def test_the_later_row_of_a_step_counts(tmp_path):
     read = training.Log(tmp_path / "log.jsonl", {}).history("a", 0)
     assert [row["loss"] for row in read] == [0.0, 9.0, 2.0]
     assert all(map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()))
+
+
+def test_classified_is_the_naive_mean():
+    logits, truth = np.array([[1.0, 2.0, 0.5], [800.0, 0.0, 1.0]]), np.array([0, 0])
+    guess, loss = training.classified(logits, truth)
+    np.testing.assert_array_equal(guess, [1, 0])
+    naive = -np.log(np.exp(1.0) / np.exp(logits[0]).sum()) / 2
+    assert loss == pytest.approx(naive)
 
 
 def test_arguments_out_of_range_are_refused(monkeypatch, capsys):

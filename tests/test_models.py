@@ -23,6 +23,7 @@ tokenizers = pytest.importorskip("tokenizers")
 onnx = pytest.importorskip("onnx")
 bert = pytest.importorskip("models.bert")
 vit = pytest.importorskip("models.vit")
+gpt = pytest.importorskip("models.gpt")
 
 BERT = bert.Config(vocabulary=40, positions=16, width=12, layers=2, heads=3, hidden=20)
 VIT = vit.Config(image_size=42, width=12, layers=2, heads=3, hidden=20)
@@ -461,3 +462,23 @@ class TestDINOv2:
         hidden = model(vit.normalise(np.random.default_rng(0).random((2, 28, 28)), 56))
         assert hidden.shape == (2, 17, 384)
         assert jnp.isfinite(hidden).all()
+
+
+def test_gpt_predicts_from_what_came_before_alone():
+    config = gpt.Config(vocabulary=300, positions=8, width=12, layers=2, heads=3)
+    model = gpt.GPT(config, nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(0), (2, 8), 0, 300)
+    changed = tokens.at[:, 5].set((tokens[:, 5] + 1) % 300)
+    before, after = model(tokens), model(changed)
+    assert before.shape == (2, 8, 300)
+    np.testing.assert_allclose(after[:, :5], before[:, :5], atol=1e-5)
+    assert np.abs(after[:, 5:] - before[:, 5:]).max() > 1e-3
+    with pytest.raises(ValueError, match="8 positions, got 9"):
+        model(jnp.zeros((1, 9), jnp.int32))
+
+
+def test_the_byte_pair_encoding_gives_back_its_texts():
+    texts = ["the cat sat on the mat", "the dog — sat", "naïve"]
+    tokenizer = gpt.train_tokenizer(texts, 300)
+    assert [tokenizer.decode(tokenizer.encode(text).ids) for text in texts] == texts
+    assert all(0 not in tokenizer.encode(text).ids for text in texts)
