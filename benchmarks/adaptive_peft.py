@@ -161,31 +161,91 @@ def measure(task: training.Task, seed: int, steps: int, whole: int) -> dict[str,
     return jax.tree.map(float, jax.device_get(numbers)) | {"plan": plan.to_json()}
 
 
-def cost(task: training.Task, plan: hd.Plan) -> dict[str, float]:
-    """One step of the base optimizer under a plan, as XLA counts it.
-
-    Returns:
-      "flops", and "bytes": what is alive during the step, arguments, temporaries and the
-      optimizer's state.
-    """
-    graph, params = pretrained(task, 0)
-    trainable, frozen = hd.peft.split(params, LABELS, plan)
-    tx = base_optimizer()
-
-    def step(trainable: Any, frozen: Any, state: Any, batch: Any) -> Any:
-        def loss_of(trainable: Any) -> jax.Array:
-            return task.loss_fn(nnx.merge(graph, hd.peft.merge(trainable, frozen)), batch)
-
-        grad = jax.grad(loss_of)(trainable)
-        updates, state = tx.update(grad, state, trainable)
-        return optax.apply_updates(trainable, updates), state
-
-    arguments = trainable, frozen, tx.init(trainable), task.batch(0, 0)
+def by_xla(step: Callable[..., Any], *arguments: Any) -> dict[str, float]:
+    """FLOPs, and bytes alive: arguments and temporaries, the first and third donated."""
     compiled = jax.jit(step, donate_argnums=(0, 2)).lower(*arguments).compile()
     memory: Any = compiled.memory_analysis()
     analysis: Any = compiled.cost_analysis()
     alive = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     return {"flops": float(analysis["flops"]), "bytes": float(alive)}
+
+
+def counted(task: training.Task, tx: Any, trainable: Any, frozen: Any) -> dict[str, float]:
+    """One training step as XLA counts it.
+
+    Args:
+      task: gives the loss and a batch.
+      tx: the optimizer; a `hidlr` in it counts with its refresh.
+      trainable: parameters that the gradient is taken of.
+      frozen: the others, from `split`.
+
+    Returns:
+      As `by_xla`; arguments are the parameters, the optimizer's state and a batch.
+    """
+    graph, _ = pretrained(task, 0)
+
+    def step(trainable: Any, frozen: Any, state: Any, batch: Any) -> Any:
+        def loss_of(trainable: Any) -> jax.Array:
+            return task.loss_fn(nnx.merge(graph, hd.peft.merge(trainable, frozen)), batch)
+
+        value, grad = jax.value_and_grad(loss_of)(trainable)
+        extra = {"value_fn": loss_of, "value": value, "grad": grad}
+        updates, state = optax.with_extra_args_support(tx).update(grad, state, trainable, **extra)
+        return optax.apply_updates(trainable, updates), state
+
+    arguments = trainable, frozen, tx.init(trainable), task.batch(0, 0)
+    return by_xla(step, *arguments)
+
+
+def cost(task: training.Task, plan: hd.Plan) -> dict[str, float]:
+    """One step of the base optimizer under a plan, from `counted`."""
+    _, params = pretrained(task, 0)
+    return counted(task, base_optimizer(), *hd.peft.split(params, LABELS, plan))
+
+
+def ways_to_freeze(task: training.Task) -> dict[str, dict[str, float]]:
+    """What training the head alone costs, by the way in which the rest is frozen."""
+    _, params = pretrained(task, 0)
+    labels = LABELS(params)
+    names = set(jax.tree.leaves(labels))
+    plan = hd.Plan({"head"}, names - {"head"})
+    nothing = hd.peft.split(params, labels, hd.Plan(names, frozenset()))[1]
+    parts: dict[Any, Any] = {name: optax.set_to_zero() for name in names} | {
+        "head": base_optimizer()
+    }
+    is_frozen = jax.tree.map(lambda label: label != "head", labels)
+    zeroed = optax.chain(base_optimizer(), optax.masked(optax.set_to_zero(), is_frozen))
+    partition = optax.partition(parts, labels)
+    rates = rule(hd.peft.trainable_labels(params, labels, plan), 100)
+    head, rest = hd.peft.split(params, labels, plan)
+    ways = {
+        "plan": (base_optimizer(), head, rest),
+        "all trained": (base_optimizer(), params, nothing),
+        "AdamW for all, then set_to_zero": (zeroed, params, nothing),
+        "partition with set_to_zero": (partition, params, nothing),
+        "plan, with hidlr": (optax.chain(base_optimizer(), rates), head, rest),
+        "partition, with hidlr": (optax.chain(partition, rule(labels, 100)), params, nothing),
+    }
+    return {name: counted(task, *way) for name, way in ways.items()} | {
+        "by hand": by_hand(task, params)
+    }
+
+
+def by_hand(task: training.Task, params: dict[str, Any]) -> dict[str, float]:
+    """The head alone, without anything of ours."""
+    graph, _ = pretrained(task, 0)
+    tx = base_optimizer()
+
+    def step(head: Any, encoder: Any, state: Any, batch: Any) -> Any:
+        def loss_of(head: Any) -> jax.Array:
+            return task.loss_fn(nnx.merge(graph, {"encoder": encoder, "head": head}), batch)
+
+        updates, state = tx.update(jax.grad(loss_of)(head), state, head)
+        return optax.apply_updates(head, updates), state
+
+    head = params["head"]
+    arguments = head, params["encoder"], tx.init(head), task.batch(0, 0)
+    return by_xla(step, *arguments)
 
 
 def make_trainer(task: training.Task, plan: hd.Plan, steps: int) -> Callable[[int], dict[str, Any]]:
@@ -290,6 +350,11 @@ class Study:
         key = self.problem.name, "cost", *sorted(plan.trainable)
         return self._results.get(key, lambda: cost(self.problem.task, plan))
 
+    def ways_to_freeze(self) -> dict[str, dict[str, float]]:
+        """From `ways_to_freeze`."""
+        key = self.problem.name, "ways to freeze"
+        return self._results.get(key, lambda: ways_to_freeze(self.problem.task))
+
     def untrained(self, seed: int) -> dict[str, float]:
         """Test scores before the first step."""
         key = self.problem.name, "untrained", seed
@@ -313,6 +378,18 @@ def rank_correlation(one: Any, other: Any) -> float:
 def mean_sd(values: Sequence[float], digits: int = 3) -> str:
     """For tables."""
     return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
+
+
+def freezing_table(found: Mapping[str, Mapping[str, float]]) -> str:
+    """Ways to train the head alone, in units of the one by hand."""
+    base = found["by hand"]
+    rows = [
+        [name, *(f"{way[unit] / base[unit]:.2f}" for unit in ("flops", "bytes"))]
+        for name, way in sorted(found.items(), key=lambda item: item[1]["flops"])
+    ]
+    rows = [row for row in rows if row[0] != "by hand"]
+    text = f"By hand: {base['flops'] / 1e9:.2f} GFLOP and {base['bytes'] / 2**20:.0f} MiB a step."
+    return f"{text}\n\n{as_table(['the head alone', 'FLOPs', 'memory'], rows)}"
 
 
 def as_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -446,6 +523,8 @@ def report(study: Study, out: Path) -> None:
     print(study.influence(0), "\n")
     print(plan_table(study, by_psi(study)))
     if study.problem.small:
+        print("\nWays to freeze:\n")
+        print(freezing_table(study.ways_to_freeze()))
         print("\nChosen on the first layers:\n")
         print(plan_table(study, transferred(study, psi=10.0)))
         for small in study.problem.small:
