@@ -659,7 +659,7 @@ def main() -> None:
     parser.add_argument("--task", default="CoLA", help="of GLUE")
     parser.add_argument("--e2e-dir", type=Path, help="with devset.csv and testset_w_refs.csv")
     parser.add_argument("--max-length", type=int, default=32, help="tokens of a text")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("adaptive_peft"))
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")

@@ -128,7 +128,7 @@ def methods(steps: int) -> list[training.Method]:
     ]
     plus = one | {"lora_B": LORA_PLUS}
     found += training.tuned("LoRA+, warm-up", "warm-up", LOWER, steps, given, plus)
-    shared: dict[str, Any] = {"update_interval": 20, "curvature": hd.probes(batch_size=1)}
+    shared: dict[str, Any] = {"curvature": hd.probes(batch_size=1)}
     cosine: dict[str, Any] = shared | {"schedule": optax.cosine_decay_schedule(1.0, steps)}
     rules = {
         "Hi-ULR, cosine": hd.hiulr(None, **cosine),

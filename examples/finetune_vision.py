@@ -90,7 +90,7 @@ def methods(steps: int) -> list[training.Method]:
         for schedule in training.SCHEDULES
         for method in training.tuned(f"AdamW, {schedule}", schedule, GRID, steps, given, {"all": 1})
     ]
-    shared: dict[str, Any] = {"update_interval": 20, "curvature": hd.probes(batch_size=1)}
+    shared: dict[str, Any] = {"curvature": hd.probes(batch_size=1)}
     cosine: dict[str, Any] = shared | {"schedule": optax.cosine_decay_schedule(1.0, steps)}
     rules = {"Hi-ULR": hd.hiulr(None, **shared), "Hi-ULR, cosine": hd.hiulr(None, **cosine)}
     for group, pattern in GROUPS.items():
