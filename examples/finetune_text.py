@@ -121,11 +121,7 @@ def methods(steps: int) -> list[training.Method]:
     """Tuned baselines, and rules that need no tuning."""
     given = optax.chain(optax.adamw(1.0), training.given_rates(hd.label_by_role))
     one: dict[str, float] = dict.fromkeys(("lora_A", "lora_B", "head"), 1.0)
-    found = [
-        method
-        for schedule in training.SCHEDULES
-        for method in training.tuned(f"AdamW, {schedule}", schedule, GRID, steps, given, one)
-    ]
+    found = training.baselines(GRID, steps, given, one)
     plus = one | {"lora_B": LORA_PLUS}
     found += training.tuned("LoRA+, warm-up", "warm-up", LOWER, steps, given, plus)
     shared: dict[str, Any] = {"curvature": hd.probes(batch_size=1)}
@@ -135,10 +131,7 @@ def methods(steps: int) -> list[training.Method]:
         "Hi-DLR": hd.hidlr(None, hd.label_by_role, **shared),
         "Hi-DLR, cosine": hd.hidlr(None, hd.label_by_role, **cosine),
     }
-    return found + [
-        training.Method(name, name, optax.chain(optax.adamw(1.0), rule))
-        for name, rule in rules.items()
-    ]
+    return found + training.untuned(rules)
 
 
 def main() -> None:

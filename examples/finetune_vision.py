@@ -85,21 +85,14 @@ def make_task(splits: dict[str, data.Images], image_size: int) -> training.Task:
 def methods(steps: int) -> list[training.Method]:
     """Tuned baselines, and rules that need no tuning."""
     given = optax.chain(optax.adamw(1.0), training.given_rates(training.label_all))
-    found = [
-        method
-        for schedule in training.SCHEDULES
-        for method in training.tuned(f"AdamW, {schedule}", schedule, GRID, steps, given, {"all": 1})
-    ]
+    found = training.baselines(GRID, steps, given, {"all": 1.0})
     shared: dict[str, Any] = {"curvature": hd.probes(batch_size=1)}
     cosine: dict[str, Any] = shared | {"schedule": optax.cosine_decay_schedule(1.0, steps)}
     rules = {"Hi-ULR": hd.hiulr(None, **shared), "Hi-ULR, cosine": hd.hiulr(None, **cosine)}
     for group, pattern in GROUPS.items():
         labels = functools.partial(hd.label_by_path, rules=((pattern, group),), default="rest")
         rules[f"Hi-DLR {group}/rest, cosine"] = hd.hidlr(None, labels, **cosine)
-    return found + [
-        training.Method(name, name, optax.chain(optax.adamw(1.0), rule))
-        for name, rule in rules.items()
-    ]
+    return found + training.untuned(rules)
 
 
 def main() -> None:

@@ -148,11 +148,7 @@ def make_task(problem: Problem) -> training.Task:
 def methods(steps: int) -> list[training.Method]:
     """Tuned baselines, and rules that need no tuning."""
     given = optax.chain(optax.adamw(1.0), training.given_rates(training.label_all))
-    found = [
-        method
-        for schedule in training.SCHEDULES
-        for method in training.tuned(f"AdamW, {schedule}", schedule, GRID, steps, given, {"all": 1})
-    ]
+    found = training.baselines(GRID, steps, given, {"all": 1.0})
     probes = hd.probes(batch_size=1)
     decay = optax.cosine_decay_schedule(1.0, steps)
     rules = {
@@ -161,10 +157,7 @@ def methods(steps: int) -> list[training.Method]:
         "Hi-DLR": hd.hidlr(None, label_by_task, curvature=probes),
         "Hi-DLR, cosine": hd.hidlr(None, label_by_task, curvature=probes, schedule=decay),
     }
-    return found + [
-        training.Method(name, name, optax.chain(optax.adamw(1.0), rule))
-        for name, rule in rules.items()
-    ]
+    return found + training.untuned(rules)
 
 
 def main() -> None:

@@ -99,6 +99,18 @@ SCHEDULES: dict[str, Callable[[int], optax.Schedule]] = {
 }
 
 
+def baselines(
+    grid: Sequence[float],
+    steps: int,
+    tx: optax.GradientTransformationExtraArgs,
+    factors: Mapping[str, float],
+) -> list[Method]:
+    """AdamW at every rate of the grid with every schedule; arguments as those of `tuned`."""
+    names = {schedule: f"AdamW, {schedule}" for schedule in SCHEDULES}
+    families = [tuned(names[key], key, grid, steps, tx, factors) for key in SCHEDULES]
+    return [method for family in families for method in family]
+
+
 def tuned(
     name: str,
     schedule: str,
@@ -127,6 +139,12 @@ def tuned(
         Method(f"{name} {rate:g}", name, tx, lambda step, rate=rate: rates(rate, step))
         for rate in grid
     ]
+
+
+def untuned(rules: Mapping[str, optax.GradientTransformationExtraArgs]) -> list[Method]:
+    """AdamW's direction with rules that find their own rates."""
+    chains = {name: optax.chain(optax.adamw(1.0), rule) for name, rule in rules.items()}
+    return [Method(name, name, chain) for name, chain in chains.items()]
 
 
 class Log:

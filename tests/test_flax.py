@@ -226,6 +226,17 @@ def test_nnx_probes_leave_keys_and_statistics_to_the_gradient():
         np.testing.assert_allclose(ours, expected, rtol=1e-6)
 
 
+def step_of(wrt):
+    @nnx.jit
+    def step(model, optimizer, batch):
+        value_fn = hdf.value_fn_for(model, nnx_loss, batch, wrt=wrt)
+        loss, grads = nnx.value_and_grad(nnx_loss, argnums=nnx.DiffState(0, wrt))(model, batch)
+        optimizer.update(model, grads, value_fn=value_fn, value=loss, grad=grads)
+        return loss
+
+    return step
+
+
 class Adapted(nnx.Module):
     def __init__(self, rngs):
         linear = nnx.Linear(6, 16, rngs=rngs)
@@ -252,13 +263,7 @@ def test_nnx_optimizer_with_respect_to_lora(wrt, trained):
     )
     optimizer = nnx.Optimizer(model, tx, wrt=wrt)
 
-    @nnx.jit
-    def step(model, optimizer, batch):
-        value_fn = hdf.value_fn_for(model, nnx_loss, batch, wrt=wrt)
-        loss, grads = nnx.value_and_grad(nnx_loss, argnums=nnx.DiffState(0, wrt))(model, batch)
-        optimizer.update(model, grads, value_fn=value_fn, value=loss, grad=grads)
-        return loss
-
+    step = step_of(wrt)
     losses = [float(step(model, optimizer, BATCH)) for _ in range(80)]
     assert np.mean(losses[-10:]) < 0.8 * losses[0]
     rates = hd.metrics(optimizer.opt_state)
@@ -328,13 +333,7 @@ def test_a_plan_as_an_nnx_filter_trains_its_groups_alone():
     )
     optimizer = nnx.Optimizer(model, tx, wrt=wrt)
 
-    @nnx.jit
-    def step(model, optimizer, batch):
-        value_fn = hdf.value_fn_for(model, nnx_loss, batch, wrt=wrt)
-        loss, grads = nnx.value_and_grad(nnx_loss, argnums=nnx.DiffState(0, wrt))(model, batch)
-        optimizer.update(model, grads, value_fn=value_fn, value=loss, grad=grads)
-        return loss
-
+    step = step_of(wrt)
     losses = [float(step(model, optimizer, BATCH)) for _ in range(60)]
     assert np.mean(losses[-10:]) < 0.8 * losses[0]
     after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
