@@ -330,10 +330,10 @@ def classified(logits: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, float
 
 def _cell(name: str, values: Sequence[float]) -> str:
     """Mean ± standard deviation, of anything but a loss in percent."""
-    mean, deviation = np.mean(values), np.std(values)
-    if name == "loss":
-        return f"{mean:.3f} ± {deviation:.3f}"
-    return f"{100 * mean:.1f} ± {100 * deviation:.1f} %"
+    factor, digits, unit = (1, 3, "") if name == "loss" else (100, 1, " %")
+    mean = f"{factor * np.mean(values):.{digits}f}"
+    spread = f" ± {factor * np.std(values):.{digits}f}" if len(values) > 1 else ""
+    return mean + spread + unit
 
 
 def table(methods: Sequence[Method], seeds: int, log: Log) -> str:
