@@ -120,7 +120,7 @@ def check_slope(
     elif slope in ("gradient", "lagged"):
         raise ValueError(
             f"slope={slope!r} needs the raw gradient of the loss: pass grad=... to update, before "
-            "any clipping or preconditioning"
+            "any clipping or preconditioning (with linen, hidlr_optax.flax.TrainState does)"
         )
     elif isinstance(estimator, Probes) and not estimator.fits_slope:
         raise ValueError(
@@ -145,7 +145,8 @@ def check_scalar(
             ) from error
         error.add_note(
             "hidlr was tracing the loss it is to probe, loss_fn(params, batch) or "
-            "value_fn(params), with parameters in float32 or wider. If it "
+            "value_fn(params), with parameters in float32 or wider. Parameters that peft.split has "
+            "frozen are None there: merge them in a value_fn, and use hidlr(None, ...). If hidlr "
             f"is wrapped in a transformation that changes the tree: {OUTSIDE}"
         )
         raise

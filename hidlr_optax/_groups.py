@@ -22,6 +22,16 @@ OUTSIDE = (
 )
 
 
+def check_not_module(params: Any) -> None:
+    """An nnx module is a pytree of more than its parameters: of statistics, counts and keys."""
+    kinds = [f"{kind.__module__}:{kind.__name__}" for kind in type(params).__mro__]
+    if any(kind.startswith("flax.nnx.") and kind.endswith(":Module") for kind in kinds):
+        raise ValueError(
+            f"params must be the parameters alone, got the nnx module {type(params).__name__}: "
+            "pass nnx.state(model, nnx.Param), or the filter that the optimizer has as wrt"
+        )
+
+
 def _is_masked(leaf: Any) -> bool:
     return isinstance(leaf, optax.MaskedNode)
 
@@ -78,8 +88,10 @@ def _match(labels: dict[Path, str], paths: list[Path]) -> list[str]:
             problems.append(f"no parameters for the labels at {shown(unused)}")
         raise ValueError(
             f"param_labels does not match params: {'; '.join(problems)}. It has to be a pytree of "
-            f"str like params, a prefix of it, or a callable params -> such a tree. If hidlr is "
-            f"wrapped in a transformation that changes the tree: {OUTSIDE}"
+            f"str like params, a prefix of it, or a callable params -> such a tree. If a part of "
+            f"the model is trained, label that part (peft.trainable_labels; in nnx, give the same "
+            f"filter wrt everywhere). If hidlr is wrapped in a transformation that changes the "
+            f"tree: {OUTSIDE}"
         )
     return found
 
@@ -103,8 +115,9 @@ class Groups:
         """Matches labels to parameters by their paths.
 
         Raises:
-          ValueError: the labels do not match, a label is not a str, or params is masked.
+          ValueError: the labels do not match, a label is not a str, params is masked or a module.
         """
+        check_not_module(params)
         if any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked))):
             raise ValueError(f"hidlr was given masked parameters (optax.MaskedNode). {OUTSIDE}")
         labels = param_labels(params) if is_labeller(param_labels) else param_labels

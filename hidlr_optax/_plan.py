@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping, Sequence, Set
 from typing import Any, Literal
 
-from hidlr_optax._groups import label_names
+from hidlr_optax._groups import check_not_module, label_names
 from hidlr_optax._json import read, write
 from hidlr_optax._report import Influence, aligned, with_error
 from hidlr_optax.labels import label_by_path, label_by_role
@@ -39,8 +39,8 @@ class Plan:
       default: the label of what no rule covers, as in `label_by_path`.
 
     Raises:
-      ValueError: no group trains, a label is on both sides, or `influence`, `sizes` or `rules` do
-        not fit the labels.
+      ValueError: no group trains, a label is on both sides, or `influence` or `sizes` do not fit
+        the labels. Rules are tried when `label` is called.
 
     Example:
       >>> import hidlr_optax as hd
@@ -142,6 +142,7 @@ class Plan:
                 "the plan has no rules to label parameters by: dataclasses.replace(plan, "
                 "rules=[(regex, label), ...], default=...), or rules='role'"
             )
+        check_not_module(params)
         if self.rules == "role":
             labels = label_by_role(params)
         else:

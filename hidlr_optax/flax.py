@@ -85,9 +85,11 @@ def value_fn_for(
 
     Everything else in the model is held as it is now: dropout keys and counts, batch statistics,
     parameters that `wrt` leaves out. So all probes of a refresh see one and the same function, and
-    nothing that they write reaches the model. Call it BEFORE the gradient is taken: that draws a
-    dropout key and moves the statistics, and `value` is to be this function's value at the
-    parameters.
+    nothing that they write reaches the model.
+
+    Call it BEFORE the gradient is taken, which draws a dropout key: if `value` is passed to the
+    update as well, it has to be this function's value at the parameters. Where it is not, nothing
+    tells, and all rates sink. Without `value`, there is one more evaluation, and nothing to heed.
 
     Args:
       model: in the mode it is trained in.
@@ -117,13 +119,20 @@ def value_fn_for(
       >>> _ = optimizer.update(model, grads, value_fn=value_fn, value=loss, grad=grads)
     """
     graph, params, rest = nnx.split(model, wrt, ...)
-    if not jax.tree.leaves(params):
+    expected = [leaf.shape for leaf in jax.tree.leaves(params)]
+    if not expected:
         raise ValueError(f"wrt={wrt!r} selects no parameter of {type(model).__name__}")
     # Flattened, and put together inside of whatever traces the probes: so the Variables there are
     # new ones, which may be written to.
     leaves, structure = jax.tree.flatten(rest)
 
     def value_fn(params: Any) -> jax.Array:
+        got = [leaf.shape for leaf in jax.tree.leaves(params)]
+        if got != expected:
+            raise ValueError(
+                f"wrt={wrt!r} selects {len(expected)} parameters of the model, but the optimizer "
+                f"hands over {len(got)}, or others: give value_fn_for the wrt of nnx.Optimizer"
+            )
         out = loss_fn(
             nnx.merge(graph, params, jax.tree.unflatten(structure, leaves)), *args, **kwargs
         )

@@ -108,7 +108,9 @@ def _unwrapped(state: HiDLRState) -> HiDLRState:
 def accumulate(running: Running, opt_state: Any) -> Running:
     """Counts the last refresh of `hidlr`, if it has not been counted yet; works inside jit.
 
-    Call it at every step: of several refreshes between two calls, the last one counts. A refresh
+    Call it at every step: of several refreshes between two calls, the last one counts. All
+    refreshes count alike, and with `warmup` there is one at each of the first steps: in a short run
+    the mean is that of the warm-up. For what comes after it, begin to accumulate there. A refresh
     gives each group its total influence b²/a, from what was measured at this refresh alone, where
     the curvature is positive. It also gives its marginal share of the best joint step, what that
     step would lose without the group, from the state's averages: J − J_k, J = ½ bᵀA⁻¹b, with the

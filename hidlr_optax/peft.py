@@ -26,6 +26,7 @@ Section 5 of Hi-DLR (arXiv 2501.06954) and the knapsack of AdaPEFT (arXiv 2505.1
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from hidlr_optax._knapsack import Subset, best_subsets
 from hidlr_optax._partition import Absent, merge, split, trainable_labels
@@ -88,6 +89,7 @@ def select(
       head           10    0.05 ± 0.001  trains
       rest         1000  0.0007 ± 2e-05  frozen
     """
+    _check_influence(influence)
     psi = float(psi)
     if not 1 <= psi < math.inf:
         raise ValueError(f"psi must be finite and >= 1 (1 trains everything), got {psi}")
@@ -105,10 +107,19 @@ def select(
         frozen |= {label for label, status in statuses.items() if status == "unresolved"}
     if len(frozen) == len(influence.groups):
         raise ValueError(
-            f"psi={psi} would freeze every group; the largest that leaves one is "
+            f"psi={psi} would freeze every group. Choose by a number of parameters, within(front, "
+            f"budget), or take a lower psi; the largest that leaves a group is "
             f"{_largest_psi(least, max(ppis.values()))!r}"
         )
     return _plan(influence, frozen, psi=psi, rules=rules, default=default)
+
+
+def _check_influence(influence: Any) -> None:
+    if not isinstance(influence, Influence):
+        raise ValueError(
+            f"expected an Influence, as hidlr_optax.influence.summarise(running) returns it, got "
+            f"{type(influence).__name__}"
+        )
 
 
 def _largest_psi(least: float, most: float) -> float:
@@ -129,6 +140,7 @@ def _candidates(
 ) -> tuple[list[str], list[tuple[int, float]]]:
     """Labels of the groups that are worth something, and (parameters, value) of each."""
     check_value(value)
+    _check_influence(influence)
     if sizes is not None and set(sizes) != set(influence.groups):
         raise ValueError(
             f"sizes must have the labels {sorted(influence.groups)}, got {sorted(sizes)}"
@@ -232,6 +244,8 @@ def within(front: Sequence[Plan] | Influence, budget: int) -> Plan:
         best = best_subsets(items, budget)[-1]
         plan = _of_subset(front, labels, best) if best[2] else None
     else:
+        if isinstance(front, Plan):
+            raise ValueError("expected the plans of pareto(influence), or an Influence, got a Plan")
         plans = sorted(front, key=lambda plan: plan.parameters or 0)
         if not plans:
             raise ValueError("there is no plan to choose from: pass pareto(influence)")

@@ -353,3 +353,22 @@ def test_a_plan_as_an_nnx_filter_trains_its_groups_alone():
     assert stored == 3 * trained
     with pytest.raises(ValueError, match=r"plan does not know \['lora_A', 'rest'\]"):
         hdf.trainable_filter(model, hd.label_by_role, hd.Plan({"head"}, {"bias", "lora_B"}))
+
+
+def test_a_module_where_parameters_belong_is_refused():
+    model = NNXModel(nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"got the nnx module NNXModel: pass nnx\.state"):
+        hd.influence.start(hd.label_by_role, model)
+    with pytest.raises(ValueError, match="got the nnx module"):
+        hd.Plan({"head"}, {"rest"}, rules="role").label(model)
+
+
+def test_a_value_fn_of_other_parameters_than_the_optimizer_has_is_refused():
+    model = Adapted(nnx.Rngs(0))
+    tx = optax.chain(optax.sgd(1.0), hd.hidlr(None, hd.label_by_role))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
+    gradient = nnx.grad(nnx_loss, argnums=nnx.DiffState(0, nnx.LoRAParam))
+    grads = gradient(model, BATCH)
+    value_fn = hdf.value_fn_for(model, nnx_loss, BATCH)
+    with pytest.raises(ValueError, match=r"selects 6 parameters .* hands over 2"):
+        optimizer.update(model, grads, value_fn=value_fn, grad=grads)
