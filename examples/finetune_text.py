@@ -100,17 +100,14 @@ def make_task(
         return model
 
     def batch(seed: int, step: int) -> Batch:
-        per_epoch = len(labels) // BATCH_SIZE
-        order = np.random.default_rng((seed, step // per_epoch)).permutation(len(labels))
-        rows = order[step % per_epoch * BATCH_SIZE :][:BATCH_SIZE]
+        rows = training.epoch_rows(seed, step, len(labels), BATCH_SIZE)
         key = jax.random.fold_in(jax.random.key(seed), step)
         return Batch(rows_of(inputs, rows), labels[rows], key if dropout else None)
 
     def evaluate(model: bert.Classifier, part: str) -> dict[str, float]:
         tokens, truth = corpus.splits[part]
-        rows = np.arange(-(-len(truth) // 64) * 64).reshape(-1, 64) % len(truth)  # of one shape
-        logits = np.concatenate([predict(model, rows_of(tokens, chosen)) for chosen in rows])
-        guess, loss = training.classified(logits[: len(truth)], truth)
+        logits = training.logits_of(lambda n: predict(model, rows_of(tokens, n)), len(truth))
+        guess, loss = training.classified(logits, truth)
         score = float(METRICS[corpus.metric](truth, guess))
         return {"score": score, corpus.metric: score, "loss": loss}
 

@@ -65,17 +65,16 @@ def make_task(splits: dict[str, data.Images], image_size: int) -> training.Task:
         return vit.Classifier(nnx.clone(pretrained), int(labels.max()) + 1, nnx.Rngs(seed))
 
     def batch(seed: int, step: int) -> Any:
-        per_epoch = len(labels) // BATCH_SIZE
-        order = np.random.default_rng((seed, step // per_epoch)).permutation(len(labels))
-        rows = order[step % per_epoch * BATCH_SIZE :][:BATCH_SIZE]
+        rows = training.epoch_rows(seed, step, len(labels), BATCH_SIZE)
         return vit.normalise(splits["train"].images[rows], image_size), labels[rows]
 
     def evaluate(model: vit.Classifier, part: str) -> dict[str, float]:
         images, truth = splits[part]
-        rows = np.arange(-(-len(truth) // 64) * 64).reshape(-1, 64) % len(truth)  # of one shape
-        batches = [vit.normalise(images[chosen], image_size) for chosen in rows]
-        logits = np.concatenate([predict(model, batch) for batch in batches])
-        guess, loss = training.classified(logits[: len(truth)], truth)
+
+        def logits(rows: np.ndarray) -> jax.Array:
+            return predict(model, vit.normalise(images[rows], image_size))
+
+        guess, loss = training.classified(training.logits_of(logits, len(truth)), truth)
         accuracy = float((guess == truth).mean())
         return {"score": accuracy, "accuracy": accuracy, "loss": loss}
 

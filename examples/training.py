@@ -321,6 +321,19 @@ def compare(task: Task, methods: Sequence[Method], args: Any, log: Log) -> list[
     return chosen
 
 
+def epoch_rows(seed: int, step: int, size: int, batch_size: int) -> np.ndarray:
+    """(batch_size,) rows for a step: every epoch in an order of its own."""
+    epoch, place = divmod(step, size // batch_size)
+    order = np.random.default_rng((seed, epoch)).permutation(size)
+    return order[place * batch_size :][:batch_size]
+
+
+def logits_of(predict: Callable[[np.ndarray], Any], size: int, batch_size: int = 64) -> np.ndarray:
+    """(size, classes) of `predict`, rows -> logits, in batches of one shape."""
+    batches = np.arange(-(-size // batch_size) * batch_size).reshape(-1, batch_size) % size
+    return np.concatenate([predict(rows) for rows in batches])[:size]
+
+
 def classified(logits: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, float]:
     """(n, classes) logits and (n,) classes -> (n,) guesses, and the mean cross-entropy."""
     logits = logits - logits.max(1, keepdims=True)

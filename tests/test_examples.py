@@ -240,6 +240,24 @@ def test_the_later_row_of_a_step_counts(tmp_path):
     assert all(map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()))
 
 
+def test_rows_of_an_epoch_are_all_rows_once():
+    rows = [training.epoch_rows(3, step, 10, 5) for step in range(4)]
+    assert sorted(np.concatenate(rows[:2])) == sorted(np.concatenate(rows[2:])) == list(range(10))
+    assert not np.array_equal(np.concatenate(rows[:2]), np.concatenate(rows[2:]))
+    np.testing.assert_array_equal(training.epoch_rows(3, 1, 10, 5), rows[1])
+
+
+def test_logits_come_in_batches_of_one_shape():
+    shapes = []
+
+    def predict(rows):
+        shapes.append(rows.shape)
+        return rows[:, None] * 10.0
+
+    np.testing.assert_array_equal(training.logits_of(predict, 7, 3)[:, 0], np.arange(7) * 10.0)
+    assert shapes == [(3,)] * 3
+
+
 def test_classified_is_the_naive_mean():
     logits, truth = np.array([[1.0, 2.0, 0.5], [800.0, 0.0, 1.0]]), np.array([0, 0])
     guess, loss = training.classified(logits, truth)
