@@ -45,7 +45,6 @@ from models import gpt, lora
 PSIS = (1.0, 1.1, 10.0, 500.0, 1000.0, 2000.0)
 TRANSFER_LAYERS = (2, 3)
 LABELS = hd.label_by_role
-RIVALS = ("total influence", "gradient", "Fisher", "parameters")
 
 
 class Problem(NamedTuple):
@@ -453,43 +452,49 @@ def transferred(study: Study, psi: float) -> list[tuple[str, list[hd.Plan]]]:
     return rows
 
 
+def predictions(study: Study, seed: int, labels: Sequence[str]) -> dict[str, np.ndarray]:
+    """What is to predict the loss that each group wins, by name; groups without a number count 0."""
+    measured, groups = study.measured(seed), study.influence(seed).groups
+    found = {
+        "influence, b²/a": [groups[k].total or 0.0 for k in labels],
+        "marginal share": [groups[k].marginal or 0.0 for k in labels],
+        "gradient": [measured["gradient"][k] for k in labels],
+        "Fisher": [measured["Fisher"][k] for k in labels],
+        "number of parameters": [float(groups[k].size) for k in labels],
+    }
+    return {name: np.array(values) for name, values in found.items()}
+
+
 def correlations(study: Study) -> str:
-    """Of what each group wins when it trains alone, with what was to predict it, by seed."""
+    """Of what each group wins when it trains alone, with what was to predict it, over seeds."""
     labels = sorted(study.influence(0).groups)
-    found: dict[str, list[float]] = {name: [] for name in (*RIVALS, "PPI", "1 / parameters")}
-    wins_of_seed: list[list[float]] = []
+    sizes = np.array([study.influence(0).groups[k].size for k in labels])
+    whole: dict[str, list[float]] = {}
+    each: dict[str, list[float]] = {}
+    wins_of_seed = []
     for seed in study.seeds:
-        measured, groups = study.measured(seed), study.influence(seed).groups
         before = study.untrained(seed)["loss"]
-        wins = [before - study.trained(study.alone(k), seed)["test"]["loss"] for k in labels]
+        after = [study.trained(study.alone(k), seed)["test"]["loss"] for k in labels]
+        wins = before - np.array(after)
         wins_of_seed.append(wins)
-        sizes = [groups[k].size for k in labels]
-        predicted = {
-            "total influence": [groups[k].total or 0.0 for k in labels],
-            "gradient": [measured["gradient"][k] for k in labels],
-            "Fisher": [measured["Fisher"][k] for k in labels],
-            "parameters": sizes,
-        }
-        for name, values in predicted.items():
-            found[name].append(rank_correlation(values, wins))
-        each = np.array(wins) / sizes
-        found["PPI"].append(
-            rank_correlation([groups[k].per_parameter or 0.0 for k in labels], each)
+        for name, values in predictions(study, seed, labels).items():
+            whole.setdefault(name, []).append(rank_correlation(values, wins))
+            # The number of parameters as a rival of PPI: "the smaller, the better".
+            per_parameter = values / sizes if name != "number of parameters" else 1 / sizes
+            each.setdefault(name, []).append(rank_correlation(per_parameter, wins / sizes))
+    rows = [[name, mean_sd(whole[name], 2), mean_sd(each[name], 2)] for name in whole]
+    rows.append(["random order", *[f"0.00 ± {1 / np.sqrt(len(labels) - 1):.2f}"] * 2])
+    if len(wins_of_seed) > 1:
+        pairs = list(itertools.combinations(wins_of_seed, 2))
+        rows.append(
+            [
+                "what it wins with another seed",
+                mean_sd([rank_correlation(one, other) for one, other in pairs], 2),
+                mean_sd([rank_correlation(one / sizes, other / sizes) for one, other in pairs], 2),
+            ]
         )
-        found["1 / parameters"].append(rank_correlation(1 / np.array(sizes), each))
-    pairs = itertools.combinations(wins_of_seed, 2)
-    between = [rank_correlation(one, other) for one, other in pairs]
-    rows = [
-        (
-            name,
-            "loss won per parameter" if name in ("PPI", "1 / parameters") else "loss won",
-            mean_sd(x, 2),
-        )
-        for name, x in found.items()
-    ]
-    if between:
-        rows.append(("the same in another seed", "loss won", mean_sd(between, 2)))
-    return as_table(["predictor", "of", "Spearman's ρ"], rows)
+    head = ["ρ of … with what a group wins alone", "loss", "loss per parameter"]
+    return as_table(head, rows)
 
 
 def oracle_table(study: Study) -> str:

@@ -323,7 +323,7 @@ def compare(task: Task, methods: Sequence[Method], args: Any, log: Log) -> list[
 
 def epoch_rows(seed: int, step: int, size: int, batch_size: int) -> np.ndarray:
     """(batch_size,) rows for a step: every epoch in an order of its own."""
-    epoch, place = divmod(step, size // batch_size)
+    epoch, place = divmod(step, max(size // batch_size, 1))
     order = np.random.default_rng((seed, epoch)).permutation(size)
     return order[place * batch_size :][:batch_size]
 
