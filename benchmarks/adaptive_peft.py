@@ -453,7 +453,7 @@ def transferred(study: Study, psi: float) -> list[tuple[str, list[hd.Plan]]]:
 
 
 def predictions(study: Study, seed: int, labels: Sequence[str]) -> dict[str, np.ndarray]:
-    """What is to predict the loss that each group wins, by name; groups without a number count 0."""
+    """What is to predict the loss that each group wins; groups without a number count 0."""
     measured, groups = study.measured(seed), study.influence(seed).groups
     found = {
         "influence, b²/a": [groups[k].total or 0.0 for k in labels],
