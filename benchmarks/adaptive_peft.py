@@ -169,6 +169,21 @@ def by_xla(step: Callable[..., Any], *arguments: Any) -> dict[str, float]:
     return {"flops": float(analysis["flops"]), "bytes": float(alive)}
 
 
+def step_of(task: training.Task, graph: Any, tx: Any) -> Callable[..., Any]:
+    """A training step: (trainable, frozen, state, batch) -> (trainable, state, loss)."""
+    tx = optax.with_extra_args_support(tx)
+
+    def step(trainable: Any, frozen: Any, state: Any, batch: Any) -> Any:
+        def loss_of(trainable: Any) -> jax.Array:
+            return task.loss_fn(nnx.merge(graph, hd.peft.merge(trainable, frozen)), batch)
+
+        value, grad = jax.value_and_grad(loss_of)(trainable)
+        updates, state = tx.update(grad, state, trainable, value_fn=loss_of, value=value, grad=grad)
+        return optax.apply_updates(trainable, updates), state, value
+
+    return step
+
+
 def counted(task: training.Task, tx: Any, trainable: Any, frozen: Any) -> dict[str, float]:
     """One training step as XLA counts it.
 
@@ -182,18 +197,8 @@ def counted(task: training.Task, tx: Any, trainable: Any, frozen: Any) -> dict[s
       As `by_xla`; arguments are the parameters, the optimizer's state and a batch.
     """
     graph, _ = pretrained(task, 0)
-
-    def step(trainable: Any, frozen: Any, state: Any, batch: Any) -> Any:
-        def loss_of(trainable: Any) -> jax.Array:
-            return task.loss_fn(nnx.merge(graph, hd.peft.merge(trainable, frozen)), batch)
-
-        value, grad = jax.value_and_grad(loss_of)(trainable)
-        extra = {"value_fn": loss_of, "value": value, "grad": grad}
-        updates, state = optax.with_extra_args_support(tx).update(grad, state, trainable, **extra)
-        return optax.apply_updates(trainable, updates), state
-
     arguments = trainable, frozen, tx.init(trainable), task.batch(0, 0)
-    return by_xla(step, *arguments)
+    return by_xla(step_of(task, graph, tx), *arguments)
 
 
 def cost(task: training.Task, plan: hd.Plan) -> dict[str, float]:
@@ -257,14 +262,7 @@ def make_trainer(task: training.Task, plan: hd.Plan, steps: int) -> Callable[[in
     labels = hd.peft.trainable_labels(params, LABELS, plan)
     tx = optax.chain(base_optimizer(), rule(labels, steps))
 
-    @jax.jit
-    def step(trainable: Any, frozen: Any, state: Any, batch: Any) -> Any:
-        def loss_of(trainable: Any) -> jax.Array:
-            return task.loss_fn(nnx.merge(graph, hd.peft.merge(trainable, frozen)), batch)
-
-        value, grad = jax.value_and_grad(loss_of)(trainable)
-        updates, state = tx.update(grad, state, trainable, value_fn=loss_of, value=value, grad=grad)
-        return optax.apply_updates(trainable, updates), state, value
+    step = jax.jit(step_of(task, graph, tx))
 
     def run(seed: int) -> dict[str, Any]:
         trainable, frozen = hd.peft.split(pretrained(task, seed)[1], LABELS, plan)
@@ -361,11 +359,14 @@ class Study:
             key, lambda: scores(self.problem.task, *pretrained(self.problem.task, seed))
         )
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of parameters of each group, in the whole model."""
+        return {label: group.size for label, group in self.influence(0).groups.items()}
+
     def alone(self, label: str) -> hd.Plan:
         """The plan that trains one group."""
-        sizes = hd.Plan.from_json(self.measured(0)["plan"]).sizes
-        assert sizes is not None
-        return hd.Plan({label}, set(sizes) - {label}, sizes=sizes)
+        return hd.Plan({label}, set(self.sizes) - {label}, sizes=self.sizes)
 
 
 def rank_correlation(one: Any, other: Any) -> float:
@@ -388,13 +389,7 @@ def freezing_table(found: Mapping[str, Mapping[str, float]]) -> str:
     ]
     rows = [row for row in rows if row[0] != "by hand"]
     text = f"By hand: {base['flops'] / 1e9:.2f} GFLOP and {base['bytes'] / 2**20:.0f} MiB a step."
-    return f"{text}\n\n{as_table(['the head alone', 'FLOPs', 'memory'], rows)}"
-
-
-def as_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """As Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    return f"{text}\n\n{training.as_table(['the head alone', 'FLOPs', 'memory'], rows)}"
 
 
 def plan_row(study: Study, name: str, plans: Sequence[hd.Plan]) -> list[Any]:
@@ -404,9 +399,8 @@ def plan_row(study: Study, name: str, plans: Sequence[hd.Plan]) -> list[Any]:
     full, own = study.cost(everything), study.cost(plans[0])
     groups = [", ".join(sorted(plan.trainable)) for plan in plans]
     kinds = "; ".join(sorted(set(groups), key=groups.index))
-    sizes = study.alone(next(iter(plans[0].labels))).sizes
-    assert sizes is not None
-    share = sum(sizes[label] for label in plans[0].trainable) / sum(sizes.values())
+    # Not the plan's own sizes, which are those of the model that it was made on.
+    share = sum(study.sizes[k] for k in plans[0].trainable) / sum(study.sizes.values())
     quality = [name for name in runs[0]["test"] if name not in ("score", "loss")]
     return [
         name,
@@ -425,7 +419,7 @@ def plan_table(study: Study, rows: Sequence[tuple[str, Sequence[hd.Plan]]]) -> s
     quality = [f"test {name}" for name in run["test"] if name not in ("score", "loss")]
     head = ["chosen by", "trains", "parameters", *quality, "test loss"]
     head += ["FLOPs / full", "memory / full", "seconds a step"]
-    return as_table(head, [plan_row(study, *row) for row in rows])
+    return training.as_table(head, [plan_row(study, *row) for row in rows])
 
 
 def by_psi(study: Study) -> list[tuple[str, list[hd.Plan]]]:
@@ -468,7 +462,7 @@ def predictions(study: Study, seed: int, labels: Sequence[str]) -> dict[str, np.
 def correlations(study: Study) -> str:
     """Of what each group wins when it trains alone, with what was to predict it, over seeds."""
     labels = sorted(study.influence(0).groups)
-    sizes = np.array([study.influence(0).groups[k].size for k in labels])
+    sizes = np.array([study.sizes[k] for k in labels])
     whole: dict[str, list[float]] = {}
     each: dict[str, list[float]] = {}
     wins_of_seed = []
@@ -494,7 +488,7 @@ def correlations(study: Study) -> str:
             ]
         )
     head = ["ρ of … with what a group wins alone", "loss", "loss per parameter"]
-    return as_table(head, rows)
+    return training.as_table(head, rows)
 
 
 def oracle_table(study: Study) -> str:
@@ -519,7 +513,7 @@ def oracle_table(study: Study) -> str:
             ]
         )
     head = ["group", "parameters", "PPI", "total influence", "loss won alone", "test score alone"]
-    return as_table(head, rows)
+    return training.as_table(head, rows)
 
 
 def report(study: Study, out: Path) -> None:

@@ -92,10 +92,10 @@ def make_task(
 ) -> training.Task:
     """The encoder with LoRA in queries and values and a new head, on this corpus."""
     inputs, labels = corpus.splits["train"]
+    pretrained = bert.load_minilm(layers, dropout, rngs=nnx.Rngs(0))
 
     def build(seed: int) -> bert.Classifier:
-        encoder = bert.load_minilm(layers, dropout, rngs=nnx.Rngs(0))
-        model = bert.Classifier(encoder, int(labels.max()) + 1, nnx.Rngs(seed))
+        model = bert.Classifier(nnx.clone(pretrained), int(labels.max()) + 1, nnx.Rngs(seed))
         lora.add_lora(model, rank, rngs=nnx.Rngs(seed + 1000))
         return model
 

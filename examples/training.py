@@ -349,6 +349,12 @@ def _cell(name: str, values: Sequence[float]) -> str:
     return mean + spread + unit
 
 
+def as_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """As Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
 def table(methods: Sequence[Method], seeds: int, log: Log) -> str:
     """Test scores over the seeds that each method has run with, as Markdown."""
     rows, names = [], []
@@ -361,8 +367,7 @@ def table(methods: Sequence[Method], seeds: int, log: Log) -> str:
         seconds = np.median([result["seconds"] for result in results])
         rows.append([method.name, len(results), *tests, train_loss, f"{seconds:.0f}"])
     head = ["method", "seeds", *(f"test {name}" for name in names), "train loss", "seconds"]
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    return as_table(head, rows)
 
 
 def draw(chosen: Sequence[Method], log: Log, out: Path) -> None:
