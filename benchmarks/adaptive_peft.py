@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from language import PRETRAINING, encode, language_loss, load_gpt
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
@@ -72,6 +73,7 @@ def rule(labels: Any, steps: int) -> optax.GradientTransformationExtraArgs:
         None,
         labels,
         update_interval=20,
+        solver=hd.coupled(),  # the tables are of this solver, whose probes measure each group
         curvature=hd.probes(batch_size=1),
         schedule=optax.cosine_decay_schedule(1.0, steps),
     )
@@ -555,74 +557,19 @@ def text_problem(args: argparse.Namespace) -> Problem:
     return Problem(f"MiniLM, {name}", whole, dict(zip(names, small, strict=True)))
 
 
-def pack(tokens: Sequence[list[int]], length: int) -> np.ndarray:
-    """Texts, one after the other with 0 between them, as (n, length) int32."""
-    stream = np.concatenate([np.array([*text, 0], np.int32) for text in tokens])
-    return stream[: len(stream) // length * length].reshape(-1, length)
-
-
-def language_loss(logits: jax.Array, batch: tuple[Any, Any]) -> jax.Array:
-    """Cross-entropy of what follows, mean over the tokens that count."""
-    tokens, counts = batch
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
-    weights = counts[:, 1:].astype(losses.dtype)
-    return jnp.sum(losses * weights) / jnp.maximum(weights.sum(), 1)
-
-
-def pretrain(config: gpt.Config, rows: np.ndarray, steps: int, path: Path) -> dict[str, Any]:
-    """The parameters of a GPT trained on English prose, from `path` if they are there."""
-    graph, params = nnx.split(gpt.GPT(config, nnx.Rngs(0)))
-    params = nnx.to_pure_dict(params)
-    leaves, structure = jax.tree.flatten(params)
-    if path.exists():
-        with np.load(path) as arrays:
-            return jax.tree.unflatten(structure, [arrays[str(k)] for k in range(len(leaves))])
-    tx = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 3e-3, steps // 10, steps))
-    state = tx.init(params)
-
-    @jax.jit
-    def step(params: Any, state: Any, tokens: Any) -> Any:
-        def loss_of(params: Any) -> jax.Array:
-            batch = tokens, jnp.ones_like(tokens)
-            return language_loss(nnx.merge(graph, params)(tokens), batch)
-
-        value, grad = jax.value_and_grad(loss_of)(params)
-        updates, state = tx.update(grad, state, params)
-        return optax.apply_updates(params, updates), state, value
-
-    rng = np.random.default_rng(0)
-    bar = tqdm(range(steps), "pretraining")
-    for _ in bar:
-        params, state, value = step(params, state, rows[rng.integers(0, len(rows), 16)])
-        bar.set_postfix(loss=f"{float(value):.2f}", refresh=False)
-    np.savez(path, **{str(k): leaf for k, leaf in enumerate(jax.tree.leaves(params))})
-    return params
-
-
 def e2e_problem(args: argparse.Namespace) -> Problem:
     """A small GPT with LoRA that learns to describe restaurants; only the description counts."""
     config = gpt.Config()
     train_texts = data.e2e(args.e2e_dir, "devset.csv")
     test_texts = data.e2e(args.e2e_dir, "testset_w_refs.csv")
-    prose = data.prose()
-    tokenizer = gpt.train_tokenizer(prose, config.vocabulary)
-    rows = pack([text.ids for text in tokenizer.encode_batch(prose)], config.positions)
-    steps = 20 if args.quick else 800
-    weights = pretrain(config, rows, steps, args.out / f"gpt-{steps}.npz")
+    steps = 20 if args.quick else PRETRAINING
+    tokenizer, weights = load_gpt(config, steps, args.out)
 
-    def encode(texts: data.Texts, count: int) -> tuple[np.ndarray, np.ndarray]:
-        tokens = np.zeros((count, config.positions), np.int32)
-        counts = np.zeros((count, config.positions), bool)
+    def encoded(texts: data.Texts, count: int) -> tuple[np.ndarray, np.ndarray]:
         chosen = np.random.default_rng(0).permutation(len(texts.first))[:count]
-        for row, n in enumerate(chosen):
-            given = tokenizer.encode(f"{texts.first[n]} => ").ids
-            told = [*tokenizer.encode(texts.second[n]).ids, 0]  # pyright: ignore
-            both = [*given, *told][: config.positions]
-            tokens[row, : len(both)] = both
-            counts[row, len(given) : len(both)] = True
-        return tokens, counts
+        return encode(tokenizer, texts, chosen, config.positions)
 
-    sets = {"train": encode(train_texts, 4000), "test": encode(test_texts, 512)}
+    sets = {"train": encoded(train_texts, 4000), "test": encoded(test_texts, 512)}
 
     def build(seed: int) -> gpt.GPT:
         model = gpt.GPT(config, nnx.Rngs(0))

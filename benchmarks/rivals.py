@@ -1,5 +1,10 @@
-"""Algorithm 1 of Hi-DLR with what GeN's authors add in practice: smoothing, a clamp and a gate."""
+"""What `hidlr` is compared with: Algorithm 1 as practised, and what needs no learning rate.
 
+`gen_hidlr` is Algorithm 1 of Hi-DLR with what GeN's authors add in practice: smoothing, a clamp and
+a gate. `OTHERS` bring a step of their own, set as their authors recommend.
+"""
+
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -64,3 +69,91 @@ def gen_hidlr(
         return scaled, GenState(state.count + 1, rates)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class Rival(NamedTuple):
+    """An optimizer that sets its own step.
+
+    Attributes:
+      make: steps of the run -> the transformation.
+      evaluated: (state, params) -> the parameters to judge by.
+    """
+
+    make: Callable[[int], optax.GradientTransformationExtraArgs]
+    evaluated: Callable[[Any, Any], Any]
+
+
+def last(state: Any, params: Any) -> Any:
+    """The parameters of the last step, which all but averaging optimizers are judged by."""
+    del state
+    return params
+
+
+class AverageState(NamedTuple):
+    """Steps so far and the average of the parameters."""
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    average: Any
+
+
+def polynomial_average(gamma: float = 8.0) -> optax.GradientTransformation:
+    """x̄ ← (1 − c) x̄ + c x, c = (1 + γ)/(t + γ) at step t = 1, 2, …: last in a chain."""
+
+    def init(params: Any) -> AverageState:
+        return AverageState(jnp.zeros((), jnp.int32), params)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AverageState]:
+        count = state.count + 1
+        share = (1 + gamma) / (count + gamma)
+        average = jax.tree.map(
+            lambda a, w, u: (1 - share) * a + share * (w + u), state.average, params, updates
+        )
+        return updates, AverageState(count, average)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _averaged(state: Any, params: Any) -> Any:
+    del params
+    return state[-1].average
+
+
+def _rival(
+    make: Callable[[int], optax.GradientTransformation],
+    evaluated: Callable[[Any, Any], Any] = last,
+) -> Rival:
+    return Rival(lambda steps: optax.with_extra_args_support(make(steps)), evaluated)
+
+
+def _cosine(steps: int) -> optax.Schedule:
+    return optax.cosine_decay_schedule(1.0, steps)
+
+
+OTHERS: dict[str, Rival] = {
+    # lr 1 for all networks: the README of konstmish/prodigy.
+    "Prodigy": _rival(lambda steps: optax.contrib.prodigy(1.0)),
+    # "We also recommend using cosine annealing"; the safeguard is for warm-ups: same README.
+    "Prodigy, cosine": _rival(lambda steps: optax.contrib.prodigy(_cosine(steps))),
+    # "Set the LR parameter to 1.0": the README of facebookresearch/dadaptation.
+    "D-Adaptation": _rival(lambda steps: optax.contrib.dadapt_adamw(1.0)),
+    # "Use the same learning rate scheduler you would normally use on the problem": same README.
+    "D-Adaptation, cosine": _rival(lambda steps: optax.contrib.dadapt_adamw(_cosine(steps))),
+    # reps_rel 1e-6, "must be combined with iterate averaging", γ = 8: formll/dog, README and code.
+    "DoG": _rival(
+        lambda steps: optax.chain(
+            optax.contrib.dog(1.0, init_step=("heuristic", 1e-6)), polynomial_average()
+        ),
+        _averaged,
+    ),
+    # lr 0.0025 is the default of facebookresearch/schedule_free, whose README recommends a warm-up.
+    "schedule-free AdamW": _rival(
+        lambda steps: optax.contrib.schedule_free_adamw(2.5e-3, warmup_steps=max(1, steps // 20)),
+        optax.contrib.schedule_free_eval_params,
+    ),
+    # A schedule of peak 1 inside, λ = 0.01: google-research/mechanic, the code of arXiv 2306.00144.
+    "Mechanic, cosine": _rival(
+        lambda steps: optax.contrib.mechanize(optax.adamw(_cosine(steps)), weight_decay=1e-2)
+    ),
+    # "For MomoAdam lr=1e-2 should work well", constant: the README of fabian-sp/MoMo.
+    "MoMo-Adam": _rival(lambda steps: optax.contrib.momo_adam(1e-2)),
+}

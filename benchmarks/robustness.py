@@ -15,8 +15,6 @@ import argparse
 import collections
 import functools
 import itertools
-import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,9 +25,9 @@ import numpy as np
 import optax
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from rivals import gen_hidlr
-from tqdm import tqdm
-from workloads import WORKLOADS, Workload
+from rivals import OTHERS, gen_hidlr
+from store import Job, Store, identity, shard
+from workloads import WORKLOADS, Workload, plain, train
 
 import hidlr_optax as hd
 
@@ -37,6 +35,10 @@ TOYS = ("ellipse", "Beale + Rosenbrock")
 INTERVALS = (1, 4, 10, 20)
 SCALES = (0.01, 1.0, 100.0)  # how far off the initial rate is
 SEEDS = range(3)
+CHECKS = 10  # how often a run is evaluated
+
+FIELDS = ("method", "workload", "optimizer", "schedule", "grouping", "interval", "scale")
+BASELINES = "robustness-baselines.jsonl.gz"
 
 # The direction at unit rate, what an experienced user would begin with, and the middle of the grid.
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
@@ -91,83 +93,89 @@ def decay(name: str | None, steps: int) -> optax.Schedule | None:
     return optax.cosine_decay_schedule(1.0, steps) if name == "cosine" else None
 
 
-Factory = Callable[..., Any]  # (workload, labels, init_learning_rate, interval) -> transformation
+Factory = Callable[..., Any]  # (workload, labels, rate, interval, schedule) -> transformation
 
 
-def _hidlr(schedule: str | None = None, one: bool = False, **settings: Any) -> Factory:
-    def make(workload: Workload, labels: Any, rate: Any, interval: Any) -> Any:
+class Method(NamedTuple):
+    """A rule for the rates of a case's optimizer, and the schedule that it is given."""
+
+    factory: Factory
+    schedule: str | None = None
+
+
+def _hidlr(one: bool = False, **settings: Any) -> Factory:
+    def make(workload: Workload, labels: Any, rate: Any, interval: Any, schedule: Any) -> Any:
         defaults: dict[str, Any] = {
             "init_learning_rate": rate,
             "update_interval": interval,
-            "schedule": decay(schedule, workload.steps),
-            "curvature": hd.probes(batch_size=1),  # one at a time is faster on a CPU
+            "schedule": schedule,
         }
         return hd.hidlr(workload.loss, "all" if one else labels, **defaults | settings)
 
     return make
 
 
-def _held_out(workload: Workload, labels: Any, rate: Any, interval: Any) -> Any:
-    """Slope and curvature from probes of validation batches, by which the grid is chosen too."""
-    rule = _hidlr(slope="probes")(workload, labels, rate, interval)
-    held_out = workload._replace(splits={"train": workload.splits["validation"]})
-
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        batch = held_out.sample(jax.random.fold_in(jax.random.key(0), state.count))
-        return rule.update(updates, state, params, batch=batch, grad=extra["grad"])
-
-    return optax.GradientTransformationExtraArgs(rule.init, update)
-
-
-def _paper(workload: Workload, labels: Any, rate: Any, interval: Any) -> Any:
+def _paper(workload: Workload, labels: Any, rate: Any, interval: Any, schedule: Any) -> Any:
     return hd.paper_hidlr(
-        workload.loss, labels, init_learning_rate=rate, update_interval=interval, batch_size=1
+        workload.loss,
+        labels,
+        init_learning_rate=rate,
+        update_interval=interval,
+        schedule=schedule,
+        batch_size=1,
     )
 
 
-def _gen(workload: Workload, labels: Any, rate: Any, interval: Any) -> Any:
+def _gen(workload: Workload, labels: Any, rate: Any, interval: Any, schedule: Any) -> Any:
+    del schedule
     return gen_hidlr(workload.loss, labels, init_learning_rate=rate, update_interval=interval)
 
 
+_DEFAULT, _ONE = _hidlr(), _hidlr(one=True)
+# The default of version one: lagged slopes, two probes of each group, a box around the minimum.
+_FIRST = _hidlr(solver=hd.coupled(), curvature=hd.probes(batch_size=1))
+
 # Every rule that takes the direction of the case's optimizer and its other settings.
-RULES: dict[str, Factory] = {
-    "hidlr": _hidlr(),
-    "hidlr, linear": _hidlr("linear"),
-    "hidlr, cosine": _hidlr("cosine"),
-    "hidlr, held-out batches": _held_out,
-    "Hi-ULR": _hidlr(one=True),
-    "Algorithm 1": _paper,
-    "Algorithm 1, smoothed": _gen,
+RULES: dict[str, Method] = {
+    "hidlr, cosine": Method(_DEFAULT, "cosine"),
+    "hidlr": Method(_DEFAULT),
+    "Hi-ULR, cosine": Method(_ONE, "cosine"),
+    "Hi-ULR": Method(_ONE),
+    "first version, cosine": Method(_FIRST, "cosine"),
+    "first version": Method(_FIRST),
+    "Algorithm 1": Method(_paper),
+    "Algorithm 1, smoothed": Method(_gen),
 }
-ABLATIONS: dict[str, Factory] = {
-    "without guard": _hidlr(solver=hd.coupled(max_rise=None)),
-    "without shrinkage": _hidlr(solver=hd.coupled(shrinkage=0.0)),
-    "without averaging": _hidlr(solver=hd.coupled(averaging=0.0)),
-    "max_change 10": _hidlr(solver=hd.coupled(max_change=10.0)),
-    "shrinkage 1": _hidlr(solver=hd.coupled(shrinkage=1.0)),
-    "without warm-up": _hidlr(warmup=0),
-    "warm-up of 10": _hidlr(warmup=10),
-    "diagonal()": _hidlr(solver=hd.diagonal()),
-    "slope from the gradient": _hidlr(slope="gradient"),
-    "Hessian": _hidlr(curvature=hd.hessian(batch_size=1)),
-    "initial rates found": _hidlr(init_learning_rate=None),
-    "cosine, one restart": _hidlr("restarts"),
-    "direction in bfloat16": _hidlr(lagged_dtype=jnp.bfloat16),
+ABLATIONS: dict[str, Method] = {
+    f"{name}, {schedule or 'constant'}": Method(factory, schedule)
+    for name, factory in {
+        "slope of the same batch": _hidlr(slope="gradient"),
+        "goals halved": _hidlr(solver=hd.hold(goal=0.75, carried_goal=0.5)),
+        "goals doubled": _hidlr(solver=hd.hold(goal=3.0, carried_goal=2.0)),
+        "split at every refresh": _hidlr(solver=hd.hold(split_interval=1)),
+        "groups up to 10 apart": _hidlr(solver=hd.hold(max_split=10.0)),
+        "found in 10 steps": _hidlr(warmup=10),
+        "found in 40 steps": _hidlr(warmup=40),
+        "direction in bfloat16": _hidlr(lagged_dtype=jnp.bfloat16),
+    }.items()
+    for schedule in ("cosine", None)
 }
-# What brings its own step. Schedule-free AdamW is not free of a rate: it is given the usual one.
-OTHERS: dict[str, Callable[[], optax.GradientTransformation]] = {
-    "Prodigy": lambda: optax.contrib.prodigy(1.0),
-    "D-Adaptation": lambda: optax.contrib.dadapt_adamw(1.0),
-    "DoG": lambda: optax.contrib.dog(1.0),
-    "schedule-free AdamW": lambda: optax.contrib.schedule_free_adamw(2.5e-3),
-}
+AVERAGED = "averaged "  # prefix of the losses of averaged parameters, in a row beside the others
 
 
-class Job(NamedTuple):
-    """Some runs that share one compilation."""
+def keeping_average(tx: Any) -> optax.GradientTransformationExtraArgs:
+    """A transformation that keeps the average of the parameters beside its own state."""
 
-    key: dict[str, Any]  # what their lines have in common, beside the seed
-    execute: Callable[[int], list[dict[str, Any]]]  # seed -> results
+    def init(params: Any) -> Any:
+        return tx.init(params), hd.averaging.start(params)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        inner, average = state
+        updates, inner = tx.update(updates, inner, params, **extra)
+        after = optax.apply_updates(params, updates)
+        return updates, (inner, hd.averaging.accumulate(average, after))
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 @functools.cache
@@ -175,39 +183,6 @@ def load(name: str, steps: int | None) -> Workload:
     """A workload, its runs cut to `steps` where that is a number."""
     workload = WORKLOADS[name]()
     return workload if steps is None else workload._replace(steps=steps)
-
-
-def last(state: Any, params: Any) -> Any:
-    """The parameters of the last step, which all but schedule-free optimizers are judged by."""
-    del state
-    return params
-
-
-def train(
-    workload: Workload, tx: Any, key: jax.Array, evaluated: Callable[[Any, Any], Any] = last
-) -> tuple[dict[str, jax.Array], Any]:
-    """One run -> the loss on each split and the optimizer state."""
-    tx = optax.with_extra_args_support(tx)
-    init_key, batch_key = jax.random.split(key)
-    params = workload.init(init_key)
-
-    def step(carry: Any, key: jax.Array) -> Any:
-        params, state = carry
-        batch = workload.sample(key)
-        loss, grads = jax.value_and_grad(workload.loss)(params, batch)
-        updates, state = tx.update(grads, state, params, batch=batch, value=loss, grad=grads)
-        return (optax.apply_updates(params, updates), state), None
-
-    keys = jax.random.split(batch_key, workload.steps)
-    (params, state), _ = jax.lax.scan(step, (params, tx.init(params)), keys)
-    final = evaluated(state, params)
-    losses = {name: workload.loss(final, batch) for name, batch in workload.splits.items()}
-    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)]))
-    return losses | {"finite": finite}, state
-
-
-def _plain(losses: dict[str, jax.Array]) -> dict[str, Any]:
-    return {name: bool(x) if name == "finite" else float(x) for name, x in losses.items()}
 
 
 def grid(name: str, optimizer: str) -> np.ndarray:
@@ -227,42 +202,55 @@ def grid_job(name: str, optimizer: str, schedule: str, steps: int | None) -> Job
 
         def run(rate: jax.Array, key: jax.Array) -> Any:
             parts = OPTIMIZERS[optimizer](), optax.scale_by_schedule(shape), optax.scale(rate)
-            return train(workload, optax.chain(*parts), key)[0]
+            return train(workload, optax.chain(*parts), key, checks=CHECKS)[0]
 
         return jax.jit(jax.vmap(run, in_axes=(0, None)))
 
     def execute(seed: int) -> list[dict[str, Any]]:
         losses = compiled()(jnp.asarray(rates, jnp.float32), jax.random.key(seed))
         per_rate = [{k: v[i] for k, v in losses.items()} for i in range(len(rates))]
-        return [_plain(x) | {"rate": float(r)} for x, r in zip(per_rate, rates, strict=True)]
+        return [plain(x) | {"rate": float(r)} for x, r in zip(per_rate, rates, strict=True)]
 
     key = {"method": "grid", "workload": name, "optimizer": optimizer, "schedule": schedule}
     return Job(key, execute)
 
 
-def case_job(method: str, factory: Factory, case: Case, steps: int | None) -> Job:
+@functools.cache
+def case_runner(factory: Factory, case: Case, steps: int | None) -> Callable[..., Any]:
+    """(rate, the schedule's factors, key) -> losses, and how often the guard stepped in.
+
+    The schedule is an argument, so that all of them share one compilation.
+    """
+    workload = load(case.workload, steps)
+    groupings = list(workload.groupings.values())
+    labels = groupings[case.grouping % len(groupings)]
+
+    def run(rate: jax.Array, curve: jax.Array, key: jax.Array) -> Any:
+        rule = factory(workload, labels, rate, case.interval, lambda step: curve[step])
+        tx = optax.chain(OPTIMIZERS[case.optimizer](), rule)
+        losses, (state, average) = train(workload, keeping_average(tx), key, checks=CHECKS)
+        for name, batch in workload.splits.items():
+            losses[AVERAGED + name] = workload.loss(average.params, batch)
+        rates = optax.tree.get(state, "group_learning_rates", {"all": jnp.zeros(())})
+        peak = jnp.exp(jnp.mean(jnp.log(jnp.stack(list(rates.values())))))
+        return losses | {"rate": peak}, optax.tree.get(state, "cuts", jnp.zeros((), jnp.int32))
+
+    return jax.jit(run)
+
+
+def case_job(name: str, method: Method, case: Case, steps: int | None) -> Job:
     """A rule on a case."""
 
-    @functools.cache
-    def compiled() -> Any:
-        workload = load(case.workload, steps)
-        groupings = list(workload.groupings.values())
-        labels = groupings[case.grouping % len(groupings)]
-
-        def run(rate: jax.Array, key: jax.Array) -> Any:
-            rule = factory(workload, labels, rate, case.interval)
-            tx = optax.chain(OPTIMIZERS[case.optimizer](), rule)
-            losses, state = train(workload, tx, key)
-            return losses, optax.tree.get(state, "cuts", jnp.zeros((), jnp.int32))
-
-        return jax.jit(run)
-
     def execute(seed: int) -> list[dict[str, Any]]:
+        length = load(case.workload, steps).steps
+        shape = decay(method.schedule, length) or optax.constant_schedule(1.0)
+        curve = jnp.stack([jnp.float32(shape(step)) for step in range(length)])
         rate = jnp.float32(USUAL[case.optimizer] * case.scale)
-        losses, cuts = compiled()(rate, jax.random.key(seed))
-        return [_plain(losses) | {"cuts": int(cuts)}]
+        runner = case_runner(method.factory, case, steps)
+        losses, cuts = runner(rate, curve, jax.random.key(seed))
+        return [plain(losses) | {"cuts": int(cuts)}]
 
-    return Job({"method": method} | case._asdict(), execute)
+    return Job({"method": name} | case._asdict(), execute)
 
 
 def other_job(method: str, name: str, steps: int | None) -> Job:
@@ -271,12 +259,12 @@ def other_job(method: str, name: str, steps: int | None) -> Job:
     @functools.cache
     def compiled() -> Any:
         workload = load(name, steps)
-        averaged = "schedule-free" in method
-        evaluated = optax.contrib.schedule_free_eval_params if averaged else last
-        return jax.jit(lambda key: train(workload, OTHERS[method](), key, evaluated)[0])
+        rival = OTHERS[method]
+        tx = rival.make(workload.steps)
+        return jax.jit(lambda key: train(workload, tx, key, rival.evaluated, CHECKS)[0])
 
     def execute(seed: int) -> list[dict[str, Any]]:
-        return [_plain(compiled()(jax.random.key(seed)))]
+        return [plain(compiled()(jax.random.key(seed)))]
 
     return Job({"method": method, "workload": name}, execute)
 
@@ -295,15 +283,15 @@ def jobs(suite: str) -> Iterator[Job]:
             yield grid_job(name, optimizer, schedule, steps)
         for case in chosen:
             if case.workload == name:
-                for method, factory in rules.items():
-                    yield case_job(method, factory, case, steps)
+                for method, rule in rules.items():
+                    yield case_job(method, rule, case, steps)
         for method in OTHERS if suite != "smoke" else ["Prodigy"]:
             yield other_job(method, name, steps)
     if suite != "full":
         return
     for case in half(chosen):
-        for method, factory in ABLATIONS.items():
-            yield case_job(method, factory, case, steps)
+        for method, rule in ABLATIONS.items():
+            yield case_job(method, rule, case, steps)
 
 
 def half(chosen: list[Case]) -> list[Case]:
@@ -313,65 +301,73 @@ def half(chosen: list[Case]) -> list[Case]:
     return [case for (i, j), case in board if (i + j) % 2 == 0 and case.workload not in TOYS]
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The runs so far."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def run(
-    suite: str, path: Path, shard: tuple[int, int], seeds: range, methods: list[str] | None
-) -> None:
-    """Runs what is missing and appends it."""
-    done = {_identity(row) for row in read(path)}
-    index, count = shard
-    chosen = [job for job in jobs(suite) if methods is None or job.key["method"] in methods]
-    mine = chosen[index::count]
-    for job in tqdm(mine, desc=f"shard {index}/{count}"):
-        for seed in seeds:
-            key = job.key | {"seed": seed}
-            if _identity(key) in done:
-                continue
-            start = time.perf_counter()
-            results = job.execute(seed)
-            seconds = {"seconds": round(time.perf_counter() - start, 2)}
-            with path.open("a") as file:
-                file.writelines(json.dumps(key | x | seconds) + "\n" for x in results)
-
-
-_KEY = ("method", "workload", "optimizer", "schedule", "grouping", "interval", "scale", "seed")
-
-
-def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in _KEY)
-
-
 def _mean(rows: list[dict[str, Any]], split: str) -> float:
     """Over seeds; one run that is not finite makes it infinite."""
     values = [row[split] for row in rows]
     return float(np.mean(values)) if np.all(np.isfinite(values)) else np.inf
 
 
+_AVERAGED = ", averaged parameters"  # what their losses are reported as
+Runs = dict[Any, list[dict[str, Any]]]
+
+
+def _chosen(runs: Runs, split: str) -> Any:
+    """The setting of least loss on a split."""
+    return min(runs, key=lambda setting: _mean(runs[setting], split))
+
+
 def best_of_grid(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
-    """(workload, optimizer) -> mean losses at the rate and schedule of least validation loss."""
-    settings = collections.defaultdict(lambda: collections.defaultdict(list))
+    """(workload, optimizer) -> mean losses at the setting of least validation loss.
+
+    Of all rates and schedules by the last step, "train" and "test"; of the constant rates alone,
+    "constant"; and by the best step of each, "stopped".
+    """
+    settings: Any = collections.defaultdict(lambda: collections.defaultdict(list))
     for row in rows:
         if row["method"] == "grid":
             place = row["workload"], row["optimizer"]
             settings[place][row["rate"], row["schedule"]].append(row)
     best = {}
     for place, runs in settings.items():
-        chosen = min(runs, key=lambda setting: _mean(runs[setting], "validation"))
-        best[place] = {split: _mean(runs[chosen], split) for split in ("train", "test")}
-        best[place]["setting"] = chosen
+        chosen = _chosen(runs, "validation")
+        constant: Runs = {key: runs[key] for key in runs if key[1] == "constant"}
+        best[place] = {split: _mean(runs[chosen], split) for split in ("train", "test")} | {
+            "setting": chosen,
+            "constant": _mean(constant[_chosen(constant, "validation")], "test"),
+            "stopped": _mean(runs[_chosen(runs, "best validation")], "best test"),
+        }
     return best
 
 
 class Outcome(NamedTuple):
-    """One method on one case, over the best of the grid."""
+    """One method on one case, over the best of the grid.
+
+    Attributes:
+      case: which.
+      train: loss after the last step.
+      test: the same.
+      constant: the test loss over that of the best constant rate.
+      stopped: the test loss at the best validation step of both.
+    """
 
     case: tuple[Any, ...]
     train: float
     test: float
+    constant: float
+    stopped: float
+
+
+def _outcome(
+    case: tuple[Any, ...], repeats: list[dict[str, Any]], tuned: dict[str, Any], prefix: str
+) -> Outcome:
+    test = _mean(repeats, prefix + "test")
+    return Outcome(
+        case,
+        train=_mean(repeats, prefix + "train") / tuned["train"],
+        test=test / tuned["test"],
+        constant=test / tuned["constant"],
+        stopped=_mean(repeats, "best test") / tuned["stopped"],
+    )
 
 
 def outcomes(rows: list[dict[str, Any]]) -> dict[str, list[Outcome]]:
@@ -380,32 +376,45 @@ def outcomes(rows: list[dict[str, Any]]) -> dict[str, list[Outcome]]:
     runs = collections.defaultdict(list)
     for row in rows:
         if row["method"] != "grid" and row["workload"] not in TOYS:
-            runs[_identity(row)[:-1]].append(row)
+            runs[identity(row, FIELDS)[:-1]].append(row)
     found = collections.defaultdict(list)
-    for identity, repeats in runs.items():
-        method, workload, optimizer, *_ = identity
+    for key, repeats in runs.items():
+        method, workload, optimizer, *_ = key
         tuned = best[workload, optimizer or "AdamW"]
-        ratios = [_mean(repeats, split) / tuned[split] for split in ("train", "test")]
-        found[method].append(Outcome(identity[1:], *ratios))
+        found[method].append(_outcome(key[1:], repeats, tuned, ""))
+        if method in ("hidlr", "Hi-ULR"):
+            average = _outcome(key[1:], repeats, tuned, AVERAGED)
+            found[method + _AVERAGED].append(average)
     return found
+
+
+COLUMNS = {  # field of an outcome -> its title, and the quantiles that are shown
+    "test": ("test", (0.5, 0.9, 1.0)),
+    "train": ("train", (0.5, 0.9, 1.0)),
+    "constant": ("test over best constant", (0.5, 0.9)),
+    "stopped": ("test at best step", (0.5, 0.9)),
+}
+_QUANTILES = {0.5: "median", 0.9: "90 %", 1.0: "worst"}
 
 
 def table(found: dict[str, list[Outcome]], rows: list[dict[str, Any]]) -> str:
     """Markdown, one line per method."""
     broken = collections.Counter(row["method"] for row in rows if not row["finite"])
-    lines = [
-        "| method | cases | test: median | 90 % | worst | train: median | 90 % | worst "
-        "| runs not finite |",
-        "|---|---|---|---|---|---|---|---|---|",
+    heads = [
+        f"{title}: {_QUANTILES[q]}" if q == shown[0] else _QUANTILES[q]
+        for title, shown in COLUMNS.values()
+        for q in shown
     ]
+    table_rows = []
     for method, results in found.items():
-        cells = [method, str(len(results))]
-        for split in ("test", "train"):
-            ratios = np.array([getattr(outcome, split) for outcome in results])
-            ninety = np.quantile(ratios, 0.9, method="higher")
-            cells += [f"{x:.3g}" for x in (np.median(ratios), ninety, ratios.max())]
-        lines.append("| " + " | ".join([*cells, str(broken[method])]) + " |")
-    return "\n".join(lines)
+        cells = [method, len(results)]
+        for field, (_, shown) in COLUMNS.items():
+            ratios = np.array([getattr(outcome, field) for outcome in results])
+            cells += [f"{np.quantile(ratios, q, method='higher'):.3g}" for q in shown]
+        table_rows.append([*cells, broken[method]])
+    head = ["method", "cases", *heads, "runs not finite"]
+    lines = [head, ["---"] * len(head), *table_rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def on(found: dict[str, list[Outcome]], keep: Callable[[tuple[Any, ...]], bool]) -> Any:
@@ -419,10 +428,10 @@ def _short(ratio: float) -> str:
 
 
 def against_one_rate(found: dict[str, list[Outcome]]) -> str:
-    """Markdown: the test loss with K rates over that with one, per workload."""
-    one = {outcome.case: outcome.test for outcome in found["Hi-ULR"]}
+    """Markdown: the test loss with K rates over that with one, cosine, per workload."""
+    one = {outcome.case: outcome.test for outcome in found["Hi-ULR, cosine"]}
     ratios = collections.defaultdict(list)
-    for outcome in found["hidlr"]:
+    for outcome in found["hidlr, cosine"]:
         if outcome.case in one:
             for name in (outcome.case[0], "all"):
                 ratios[name].append(outcome.test / one[outcome.case])
@@ -443,7 +452,7 @@ def by_case(rows: list[dict[str, Any]], found: dict[str, list[Outcome]]) -> str:
         "|---" * (5 + len(methods)) + "|",
     ]
     ratios = {name: {x.case: x for x in found[name]} for name in methods}
-    for case in ratios["hidlr"]:
+    for case in ratios[methods[0]]:
         workload, optimizer, _, _, interval, scale = case
         rate, schedule = best[workload, optimizer]["setting"]
         cells = [workload, optimizer, str(interval), f"{scale:g}×", f"{rate:.2g} {schedule}"]
@@ -501,24 +510,24 @@ def toys(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def report(path: Path, figure: Path | None, details: bool) -> None:
+def report(rows: list[dict[str, Any]], figure: Path | None, details: bool) -> None:
     """Prints the tables and draws the profile."""
-    rows = read(path)
     found = outcomes(rows)
-    rules = {name: found[name] for name in RULES if name in found}
+    averaged = [name for name in found if name.endswith(_AVERAGED)]
+    rules = {name: found[name] for name in (*RULES, *averaged) if name in found}
     print("All cases, loss over that of the tuned grid:\n")
     real = [row for row in rows if row["workload"] not in TOYS]
     print(table(rules, real))
     adamw = on(found, lambda case: case[1] in (None, "AdamW"))
-    adamw = {name: adamw[name] for name in (*RULES, *OTHERS) if name in adamw}
+    adamw = {name: adamw[name] for name in (*rules, *OTHERS) if name in adamw}
     print("\nAdamW as the direction, beside what needs no learning rate:\n")
     print(table(adamw, [row for row in real if row.get("optimizer", "AdamW") == "AdamW"]))
     ablated = {x.case for name in ABLATIONS for x in found.get(name, [])}
     if ablated:
-        whole = ("hidlr", "hidlr, linear", "hidlr, cosine")
+        whole = ("hidlr", "hidlr, cosine")
         names = [name for name in (*whole, *ABLATIONS) if name in found]
         print("\nThe half of the cases on which one part at a time was taken away or changed:\n")
-        same = [row for row in rows if _identity(row)[1:-1] in ablated]
+        same = [row for row in rows if identity(row, FIELDS)[1:-1] in ablated]
         print(table(on({n: found[n] for n in names}, ablated.__contains__), same))
     if details:
         print("\n" + against_one_rate(found), toys(rows), by_case(rows, found), sep="\n\n")
@@ -534,17 +543,19 @@ def main() -> None:
     parser.add_argument("--suite", choices=("smoke", "full"), default="full")
     parser.add_argument("--out", type=Path, default=Path("robustness.jsonl"))
     parser.add_argument("--figure", type=Path)
-    parser.add_argument("--shard", default="0/1", help="i/n: every n-th job, from the i-th")
+    parser.add_argument("--shard", type=shard, default=slice(None), help="i/n: of n parts the i-th")
     parser.add_argument("--methods", nargs="*", help="run these alone; 'grid' is one of them")
     parser.add_argument("--report", action="store_true", help="run nothing, only report")
     parser.add_argument("--details", action="store_true", help="report every case")
     args = parser.parse_args()
-    index, count = map(int, args.shard.split("/"))
+    store = Store(args.out, FIELDS, BASELINES)
     if not args.report:
-        seeds = SEEDS if args.suite == "full" else range(1)
-        run(args.suite, args.out, (index, count), seeds, args.methods)
-    if count == 1 or args.report:
-        report(args.out, args.figure, args.details)
+        chosen = [
+            j for j in jobs(args.suite) if not args.methods or j.key["method"] in args.methods
+        ]
+        store.run(chosen[args.shard], SEEDS if args.suite == "full" else range(1))
+    if args.report or args.shard == slice(None):
+        report(store.rows(), args.figure, args.details)
 
 
 if __name__ == "__main__":

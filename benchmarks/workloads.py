@@ -32,6 +32,7 @@ class Workload(NamedTuple):
       batch_size: examples per step, drawn with replacement.
       steps: of one run.
       groupings: name -> labels, as `hidlr` takes them.
+      score: (params, batch) -> scalar, higher is better: what users judge by, if not the loss.
     """
 
     init: Callable[[jax.Array], Any]
@@ -40,6 +41,7 @@ class Workload(NamedTuple):
     batch_size: int
     steps: int
     groupings: dict[str, Any]
+    score: Callable[[Any, Any], jax.Array] | None = None
 
     def sample(self, key: jax.Array) -> Any:
         """One training batch."""
@@ -57,6 +59,87 @@ def split(arrays: Any, seed: int = 0, limit: int | None = None) -> Splits:
     return {
         name: jax.tree.map(lambda x, r=r: jnp.asarray(x[r]), arrays) for name, r in rows.items()
     }
+
+
+def train(
+    workload: Workload,
+    tx: Any,
+    key: jax.Array,
+    evaluated: Callable[[Any, Any], Any] = lambda state, params: params,
+    checks: int = 10,
+    ends: tuple[str, ...] = ("train", "validation", "test"),
+) -> tuple[dict[str, jax.Array], Any]:
+    """One run, to be jitted.
+
+    Args:
+      workload: its number of steps is a multiple of `checks`.
+      tx: takes the loss and gradient of the step, and its batch.
+      key: of the parameters and the batches.
+      evaluated: (optimizer state, params) -> the parameters to judge by.
+      checks: how often the validation split is looked at, evenly spaced, at the end for the last
+        time. The parameters of the best time (of all scores the highest, or of equal ones that of
+        the least loss) are kept, as early stopping would.
+      ends: the splits to evaluate when it is over.
+
+    Returns:
+      Numbers by name, and the optimizer state. Of the last step, the loss on each of the `ends`, by
+      its name, and if there is a score, "test score" and so on. Of the best time the same of
+      "best validation" and "best test", and "best step". Beside them "batch loss", the mean since
+      the last but one check, and "finite", whether the last parameters are.
+    """
+    tx = optax.with_extra_args_support(tx)
+    init_key, batch_key = jax.random.split(key)
+    params = workload.init(init_key)
+
+    def step(carry: Any, key: jax.Array) -> Any:
+        params, state = carry
+        batch = workload.sample(key)
+        loss, grads = jax.value_and_grad(workload.loss)(params, batch)
+        updates, state = tx.update(grads, state, params, batch=batch, value=loss, grad=grads)
+        return (optax.apply_updates(params, updates), state), loss
+
+    def measured(params: Any, split: str) -> dict[str, jax.Array]:
+        found = {split: workload.loss(params, workload.splits[split])}
+        if workload.score is not None:
+            found[f"{split} score"] = workload.score(params, workload.splits[split])
+        return found
+
+    def part(carry: Any, keys: jax.Array) -> Any:
+        run, best, count = carry
+        (params, state), losses = jax.lax.scan(step, run, keys)
+        count += len(keys)
+        seen = evaluated(state, params)
+        now = measured(seen, "validation"), count, seen
+        better = _quality(now[0]) > _quality(best[0])
+        same = _quality(now[0]) == _quality(best[0])
+        better |= same & (now[0]["validation"] < best[0]["validation"])
+        better &= jnp.isfinite(now[0]["validation"])
+        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), now, best)
+        return ((params, state), best, count), losses.mean()
+
+    state = tx.init(params)
+    nothing = {"validation": jnp.float32(jnp.inf)}
+    if workload.score is not None:
+        nothing["validation score"] = jnp.float32(-jnp.inf)
+    zero = jnp.zeros((), jnp.int32)
+    start = (params, state), (nothing, zero, params), zero
+    keys = jax.random.split(batch_key, workload.steps).reshape(checks, -1)
+    ((params, state), (validated, best_step, kept), _), losses = jax.lax.scan(part, start, keys)
+    seen = evaluated(state, params)
+    found = {k: v for split in ends for k, v in measured(seen, split).items()}
+    found |= {f"best {k}": v for k, v in (validated | measured(kept, "test")).items()}
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)]))
+    return found | {"best step": best_step, "batch loss": losses[-1], "finite": finite}, state
+
+
+def _quality(found: dict[str, jax.Array]) -> jax.Array:
+    """The score, or the negative loss where there is none."""
+    return found.get("validation score", -found["validation"])
+
+
+def plain(found: dict[str, jax.Array]) -> dict[str, Any]:
+    """As Python numbers."""
+    return {name: x.item() for name, x in found.items()}
 
 
 def standardised(x: np.ndarray) -> np.ndarray:
@@ -144,7 +227,7 @@ def mnist_mlp() -> Workload:
     return Workload(init, loss, split(_mnist()), 64, 400, _mlp_groupings(3))
 
 
-def _patches(x: jax.Array) -> jax.Array:
+def patches(x: jax.Array) -> jax.Array:
     """3×3 patches at stride 2, (n, h, w, c) -> (n, h/2, w/2, 9c).
 
     XLA's CPU convolutions are slow inside a scan; products of matrices are not.
@@ -160,8 +243,8 @@ def mnist_cnn() -> Workload:
 
     def model(params: Any, x: jax.Array) -> jax.Array:
         x = x.reshape(-1, 28, 28, 1)
-        x = jax.nn.relu(apply(params["conv0"], _patches(x)))
-        x = jax.nn.relu(apply(params["conv1"], _patches(x)))
+        x = jax.nn.relu(apply(params["conv0"], patches(x)))
+        x = jax.nn.relu(apply(params["conv1"], patches(x)))
         x = jax.nn.relu(apply(params["hidden"], x.reshape(x.shape[0], -1)))
         return apply(params["head"], x)
 
@@ -352,7 +435,9 @@ def text() -> Workload:
         return apply(params["out"], mixed.reshape(x.shape))
 
     def model(params: Any, tokens: jax.Array) -> jax.Array:
-        x = params["embed"]["token"][tokens] + params["embed"]["position"]
+        # A product: the gradient of a look-up is a scatter, which XLA runs row by row on a CPU.
+        rows = jax.nn.one_hot(tokens, len(values))
+        x = rows @ params["embed"]["token"] + params["embed"]["position"]
         for name in ("block0", "block1"):
             block = params[name]
             x = x + attention(block, _norm(block["norm1"], x))

@@ -219,6 +219,32 @@ def npz(path: Path) -> tuple[Images, Images]:
     return train, test
 
 
+def idx(folder: Path) -> tuple[Images, Images]:
+    """Training and test images in the format of MNIST's home, such as Fashion-MNIST.
+
+    Args:
+      folder: that holds train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz and the two of
+        t10k. Debian's package dataset-fashion-mnist puts them into /usr/share/datasets.
+
+    Raises:
+      FileNotFoundError: one of the files is not there.
+    """
+
+    def read(name: str) -> np.ndarray:
+        path = folder / f"{name}-ubyte.gz"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing")
+        content = gzip.decompress(path.read_bytes())
+        shape = np.frombuffer(content, ">i4", content[3], 4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
+
+    train, test = (
+        Images(_scaled(read(f"{part}-images-idx3")), read(f"{part}-labels-idx1").astype(np.int32))
+        for part in ("train", "t10k")
+    )
+    return train, test
+
+
 def _scaled(images: np.ndarray) -> np.ndarray:
     """Bytes to [0, 1]; floats as they are."""
     return (images / 255 if images.dtype == np.uint8 else images).astype(np.float32)

@@ -121,11 +121,10 @@ def methods(steps: int) -> list[training.Method]:
     found = training.baselines(GRID, steps, given, one)
     plus = one | {"lora_B": LORA_PLUS}
     found += training.tuned("LoRA+, warm-up", "warm-up", LOWER, steps, given, plus)
-    shared: dict[str, Any] = {"curvature": hd.probes(batch_size=1)}
-    cosine: dict[str, Any] = shared | {"schedule": optax.cosine_decay_schedule(1.0, steps)}
+    cosine: dict[str, Any] = {"schedule": optax.cosine_decay_schedule(1.0, steps)}
     rules = {
         "Hi-ULR, cosine": hd.hiulr(None, **cosine),
-        "Hi-DLR": hd.hidlr(None, hd.label_by_role, **shared),
+        "Hi-DLR": hd.hidlr(None, hd.label_by_role),
         "Hi-DLR, cosine": hd.hidlr(None, hd.label_by_role, **cosine),
     }
     return found + training.untuned(rules)

@@ -85,10 +85,8 @@ def methods(steps: int) -> list[training.Method]:
     """Tuned baselines, and rules that need no tuning."""
     given = optax.chain(optax.adamw(1.0), training.given_rates(training.label_all))
     found = training.baselines(GRID, steps, given, {"all": 1.0})
-    # A refresh is five forward passes: not more than one pass in four steps.
-    shared: dict[str, Any] = {"update_interval": 20, "curvature": hd.probes(batch_size=1)}
-    cosine: dict[str, Any] = shared | {"schedule": optax.cosine_decay_schedule(1.0, steps)}
-    rules = {"Hi-ULR": hd.hiulr(None, **shared), "Hi-ULR, cosine": hd.hiulr(None, **cosine)}
+    cosine: dict[str, Any] = {"schedule": optax.cosine_decay_schedule(1.0, steps)}
+    rules = {"Hi-ULR": hd.hiulr(None), "Hi-ULR, cosine": hd.hiulr(None, **cosine)}
     for group, pattern in GROUPS.items():
         labels = functools.partial(hd.label_by_path, rules=((pattern, group),), default="rest")
         rules[f"Hi-DLR {group}/rest, cosine"] = hd.hidlr(None, labels, **cosine)

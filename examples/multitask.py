@@ -149,13 +149,12 @@ def methods(steps: int) -> list[training.Method]:
     """Tuned baselines, and rules that need no tuning."""
     given = optax.chain(optax.adamw(1.0), training.given_rates(training.label_all))
     found = training.baselines(GRID, steps, given, {"all": 1.0})
-    probes = hd.probes(batch_size=1)
     decay = optax.cosine_decay_schedule(1.0, steps)
     rules = {
-        "Hi-ULR": hd.hiulr(None, curvature=probes),
-        "Hi-ULR, cosine": hd.hiulr(None, curvature=probes, schedule=decay),
-        "Hi-DLR": hd.hidlr(None, label_by_task, curvature=probes),
-        "Hi-DLR, cosine": hd.hidlr(None, label_by_task, curvature=probes, schedule=decay),
+        "Hi-ULR": hd.hiulr(None),
+        "Hi-ULR, cosine": hd.hiulr(None, schedule=decay),
+        "Hi-DLR": hd.hidlr(None, label_by_task),
+        "Hi-DLR, cosine": hd.hidlr(None, label_by_task, schedule=decay),
     }
     return found + training.untuned(rules)
 

@@ -1,16 +1,15 @@
 """Train a small CNN on real MNIST images with one learning rate per group, and nothing tuned.
 
 Compares `optax.chain(optax.adamw(1.0), hidlr(...))`, groups head / bias / rest, with AdamW at
-constant and at cosine-decayed rates, over three seeds. Prints a table and draws one figure. Beside
-the default rule: with a linear decay, with one rate for all groups, and with slopes taken from the
-batch that made the step or from the next batch.
+constant and at cosine-decayed rates, over three seeds. Prints a table and draws one figure. With
+and without a cosine schedule, with one rate for all groups, and without a schedule also by its
+averaged parameters.
 
     python examples/quickstart.py
 """
 
 import argparse
 import functools
-import itertools
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,8 +25,7 @@ from tqdm import tqdm
 import hidlr_optax as hd
 
 RULES = [(r"head/.*", "head"), (r".*/bias", "bias")]
-UPDATE_INTERVAL = 10
-ESTIMATOR = hd.probes(batch_size=1)  # one probe at a time is faster on a CPU
+AVERAGED = "hidlr, averaged parameters"
 
 
 class CNN(nnx.Module):
@@ -52,21 +50,13 @@ class Data(NamedTuple):
     test: tuple[np.ndarray, np.ndarray]
 
 
-class Method(NamedTuple):
-    """An optimizer, and whether its probes are given a batch that the gradient has not seen."""
-
-    tx: optax.GradientTransformationExtraArgs
-    fresh_batch: bool = False
-
-
 class Run(NamedTuple):
-    """One training run."""
+    """One training run, or its averaged parameters."""
 
     history: list[dict[str, float]]
     train_loss: float
     test_accuracy: float
     seconds: float
-    forward_passes: int
 
 
 def load_mnist() -> Data:
@@ -105,22 +95,16 @@ def make_loss(graph: Any) -> Any:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("graph", "method"), donate_argnames=("params", "state")
+    jax.jit, static_argnames=("graph", "tx"), donate_argnames=("params", "state", "average")
 )
-def train_step(
-    graph: Any, method: Method, params: Any, state: Any, batch: Any, next_batch: Any
-) -> Any:
+def train_step(graph: Any, tx: Any, params: Any, state: Any, average: Any, batch: Any) -> Any:
     """One step. The extra arguments are for hidlr; AdamW ignores them."""
     loss, grads = jax.value_and_grad(make_loss(graph))(params, batch)
-    extra: dict[str, Any] = (
-        {"batch": next_batch}
-        if method.fresh_batch
-        else {"batch": batch, "value": loss, "grad": grads}
-    )
-    updates, state = method.tx.update(grads, state, params, **extra)
+    updates, state = tx.update(grads, state, params, batch=batch, value=loss, grad=grads)
+    params = optax.apply_updates(params, updates)
     has_rates = bool(optax.tree.get_all_with_path(state, "group_learning_rates"))
     row = {"loss": loss} | (hd.metrics(state) if has_rates else {})
-    return optax.apply_updates(params, updates), state, row
+    return params, state, hd.averaging.accumulate(average, params), row
 
 
 @functools.partial(jax.jit, static_argnames="graph")
@@ -131,54 +115,45 @@ def evaluate(graph: Any, params: Any, images: jax.Array, labels: jax.Array) -> A
     return losses.mean(), (logits.argmax(-1) == labels).mean()
 
 
-def train(method: Method, data: Data, steps: int, seed: int, name: str) -> Run:
-    """Trains one model and logs its loss, and its rates where there is a hidlr."""
+def train(tx: Any, data: Data, steps: int, seed: int, name: str) -> tuple[Run, Run]:
+    """Trains one model and logs its loss, and its rates where there is a hidlr.
+
+    Returns:
+      The run as it ended, and as its averaged parameters would have it.
+    """
     graph, params = nnx.split(CNN(nnx.Rngs(seed)))
-    state = method.tx.init(params)
+    state, average = tx.init(params), hd.averaging.start(params)
     history, start = [], time.perf_counter()
-    stream = itertools.pairwise(batches(data.train, 100, steps + 1, seed))
-    for batch, next_batch in tqdm(stream, desc=f"{name}, seed {seed}", total=steps):
-        params, state, row = train_step(graph, method, params, state, batch, next_batch)
+    stream = batches(data.train, 100, steps, seed)
+    for batch in tqdm(stream, desc=f"{name}, seed {seed}", total=steps):
+        params, state, average, row = train_step(graph, tx, params, state, average, batch)
         history.append(row)
     history = jax.tree.map(float, jax.device_get(history))
     seconds = time.perf_counter() - start
-    probed = sum(key.startswith("learning_rate/") for key in history[-1])
-    per_refresh = ESTIMATOR.forward_passes(probed) + 1 + method.fresh_batch  # 1: the guard
-    return Run(
-        history=history,
-        train_loss=float(evaluate(graph, params, *data.train)[0]),
-        test_accuracy=float(evaluate(graph, params, *data.test)[1]),
-        seconds=seconds,
-        forward_passes=steps + int(history[-1].get("refreshes", 0)) * per_refresh,
-    )
+
+    def run(params: Any) -> Run:
+        train_loss, _ = evaluate(graph, params, *data.train)
+        _, accuracy = evaluate(graph, params, *data.test)
+        return Run(history, float(train_loss), float(accuracy), seconds)
+
+    return run(params), run(average.params)
 
 
-def methods(steps: int) -> dict[str, Method]:
+def methods(steps: int) -> dict[str, optax.GradientTransformationExtraArgs]:
     """The optimizers under comparison."""
     graph, params = nnx.split(CNN(nnx.Rngs(0)))
-    labels = hd.label_by_path(params, RULES, default="rest")
-
-    def with_hidlr(**kwargs: Any) -> optax.GradientTransformationExtraArgs:
-        rates = hd.hidlr(
-            make_loss(graph), labels, update_interval=UPDATE_INTERVAL, curvature=ESTIMATOR, **kwargs
-        )
-        return optax.chain(optax.adamw(1.0), rates)
-
-    linear = optax.linear_schedule(1.0, 0.0, steps)
-    one_rate = hd.hiulr(make_loss(graph), update_interval=UPDATE_INTERVAL, curvature=ESTIMATOR)
-    found = {
-        "hidlr": Method(with_hidlr()),
-        "hidlr, linear": Method(with_hidlr(schedule=linear)),
-        "hidlr, one rate": Method(optax.chain(optax.adamw(1.0), one_rate)),
-        "hidlr, same batch": Method(with_hidlr(slope="gradient")),
-        "hidlr, next batch": Method(with_hidlr(slope="probes"), fresh_batch=True),
+    loss_fn, labels = make_loss(graph), hd.label_by_path(params, RULES, default="rest")
+    cosine = optax.cosine_decay_schedule(1.0, steps)
+    rates = {
+        "hidlr, cosine": hd.hidlr(loss_fn, labels, schedule=cosine),
+        "hidlr": hd.hidlr(loss_fn, labels),
+        "hidlr, one rate, cosine": hd.hiulr(loss_fn, schedule=cosine),
     }
+    found = {name: optax.chain(optax.adamw(1.0), rule) for name, rule in rates.items()}
     for rate in (1e-3, 3e-3, 1e-2):
-        cosine = optax.cosine_decay_schedule(rate, steps)
-        found[f"AdamW {rate:g}"] = Method(optax.with_extra_args_support(optax.adamw(rate)))
-        found[f"AdamW {rate:g}, cosine"] = Method(
-            optax.with_extra_args_support(optax.adamw(cosine))
-        )
+        for name, curve in (("", rate), (", cosine", optax.cosine_decay_schedule(rate, steps))):
+            tx = optax.with_extra_args_support(optax.adamw(curve))
+            found[f"AdamW {rate:g}{name}"] = tx
     return found
 
 
@@ -189,15 +164,14 @@ def table(runs: dict[str, list[Run]]) -> str:
         return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
 
     lines = [
-        "| optimizer | train loss | test accuracy | seconds | forward passes |",
-        "|---|---|---|---|---|",
+        "| optimizer | train loss | test accuracy | seconds |",
+        "|---|---|---|---|",
     ]
     for name, of_seeds in runs.items():
         lines.append(
             f"| {name} | {cell([run.train_loss for run in of_seeds], 4)} "
             f"| {cell([100 * run.test_accuracy for run in of_seeds], 1)} % "
-            f"| {np.median([run.seconds for run in of_seeds]):.1f} "
-            f"| {of_seeds[0].forward_passes} |"
+            f"| {np.median([run.seconds for run in of_seeds]):.1f} |"
         )
     return "\n".join(lines)
 
@@ -206,6 +180,8 @@ def final_rates(runs: dict[str, list[Run]]) -> str:
     """The learning rates at the end of the first seed, one line per hidlr."""
     lines = []
     for name, (first, *_) in runs.items():
+        if name == AVERAGED:
+            continue
         last = first.history[-1]
         rates = [
             f"{key.removeprefix('learning_rate/')} {rate:.2g}"
@@ -223,8 +199,10 @@ def draw(runs: dict[str, list[Run]], path: Path) -> None:
     losses, rates = figure.subplots(1, 2)
     window = np.ones(10) / 10
     for name, of_seeds in runs.items():
+        if name == AVERAGED:  # trained as hidlr was
+            continue
         mean = np.mean([[row["loss"] for row in run.history] for run in of_seeds], axis=0)
-        width = 2.0 if name in ("hidlr", "hidlr, linear") else 1.0
+        width = 2.0 if name in ("hidlr", "hidlr, cosine") else 1.0
         dashes = "-" if "hidlr" in name else "--" if "cosine" in name else ":"
         losses.plot(
             np.arange(9, len(mean)),
@@ -235,7 +213,7 @@ def draw(runs: dict[str, list[Run]], path: Path) -> None:
         )
     losses.set(xlabel="step", ylabel="training loss (mean of 10 steps and 3 seeds)", yscale="log")
     figure.legend(loc="outside left upper", fontsize="small")
-    shown = "hidlr"
+    shown = "hidlr, cosine"
     history = runs[shown][0].history
     for key in (key for key in history[0] if key.startswith("learning_rate/")):
         values = [row[key] for row in history]
@@ -253,10 +231,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("quickstart.png"), help="the figure")
     args = parser.parse_args()
     data = load_mnist()
-    runs = {
-        name: [train(method, data, args.steps, seed, name) for seed in range(args.seeds)]
-        for name, method in methods(args.steps).items()
-    }
+    runs: dict[str, list[Run]] = {}
+    for name, tx in methods(args.steps).items():
+        both = [train(tx, data, args.steps, seed, name) for seed in range(args.seeds)]
+        runs[name] = [last for last, _ in both]
+        if name == "hidlr":
+            runs[AVERAGED] = [averaged for _, averaged in both]
     print(table(runs), final_rates(runs), sep="\n\n")
     draw(runs, args.out)
     print(f"figure: {args.out}")

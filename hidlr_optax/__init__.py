@@ -1,14 +1,16 @@
 """Hessian-informed differential learning rates for Optax (Hi-DLR, arXiv 2501.06954)."""
 
-from hidlr_optax import influence, peft
+from hidlr_optax import averaging, influence, peft
 from hidlr_optax._aliases import hiulr, multi_steps, paper_hidlr
+from hidlr_optax._hold import hold
 from hidlr_optax._plan import Plan
 from hidlr_optax._quadratic import Kept, Quadratic
 from hidlr_optax._report import Influence
 from hidlr_optax._solvers import coupled, diagonal
+from hidlr_optax._state import HiDLRState
 from hidlr_optax._suggest import Suggestion, suggest
-from hidlr_optax._transform import HiDLRState, hidlr
-from hidlr_optax.curvature import gauss_newton, hessian, probes
+from hidlr_optax._transform import hidlr
+from hidlr_optax.curvature import gauss_newton, hessian, probes, secant
 from hidlr_optax.influence import metrics
 from hidlr_optax.labels import label_by_depth, label_by_path, label_by_role
 
@@ -21,12 +23,14 @@ __all__ = [
     "Plan",
     "Quadratic",
     "Suggestion",
+    "averaging",
     "coupled",
     "diagonal",
     "gauss_newton",
     "hessian",
     "hidlr",
     "hiulr",
+    "hold",
     "influence",
     "label_by_depth",
     "label_by_path",
@@ -36,5 +40,6 @@ __all__ = [
     "paper_hidlr",
     "peft",
     "probes",
+    "secant",
     "suggest",
 ]

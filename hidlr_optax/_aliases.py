@@ -6,7 +6,8 @@ from typing import Any
 import optax
 
 from hidlr_optax._checks import LossFn, Slope
-from hidlr_optax._solvers import Solver, coupled, diagonal
+from hidlr_optax._hold import Hold, hold
+from hidlr_optax._solvers import Solver, diagonal
 from hidlr_optax._transform import hidlr
 from hidlr_optax.curvature import Estimator, probes
 
@@ -79,9 +80,9 @@ def hiulr(
     init_learning_rate: float | None = 1e-3,
     update_interval: int = 10,
     schedule: optax.Schedule | None = None,
-    curvature: Estimator = probes(),
+    curvature: Estimator | None = None,
     slope: Slope | None = "lagged",
-    solver: Solver = coupled(),
+    solver: Solver | Hold = hold(),
     warmup: int = 20,
     lagged_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:

@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from hidlr_optax._groups import OUTSIDE, Groups, wide
+from hidlr_optax._hold import Hold
 from hidlr_optax._paths import leaf_paths
 from hidlr_optax._solvers import Solver
 from hidlr_optax.curvature import Estimator, Probes
@@ -65,8 +66,10 @@ def check_arguments(
         raise ValueError(f"update_interval must be a whole number >= 1, got {update_interval}")
     if not isinstance(curvature, Estimator):
         raise ValueError(f"curvature must be an estimator such as probes(), got {curvature!r}")
-    if not isinstance(solver, Solver):
-        raise ValueError(f"solver must be a solver such as coupled() or diagonal(), got {solver!r}")
+    if not isinstance(solver, Solver | Hold):
+        raise ValueError(
+            f"solver must be a solver such as hold(), coupled() or diagonal(), got {solver!r}"
+        )
     if slope not in (None, "gradient", "lagged", "probes"):
         raise ValueError(f"slope must be 'gradient', 'lagged', 'probes' or None, got {slope!r}")
     if slope == "probes" and isinstance(curvature, Probes) and not curvature.fits_slope:
@@ -174,3 +177,15 @@ def usable_value(value: Any, params: Any) -> jax.Array | None:
     dtypes = [jnp.asarray(leaf).dtype for leaf in jax.tree.leaves(params)]
     as_wide = all(jnp.finfo(value.dtype).bits >= jnp.finfo(wide(dtype)).bits for dtype in dtypes)
     return value if as_wide and all(wide(dtype) == dtype for dtype in dtypes) else None
+
+
+def refresh_if(due: jax.Array, refreshed: Callable[[], Any], state: Any) -> Any:
+    """The refreshed state where one is due."""
+    try:
+        return jax.lax.cond(due, refreshed, lambda: state)
+    except TypeError as error:
+        error.add_note(
+            "If this is inside shard_map: the loss differs from device to device, and each would "
+            "come to its own learning rates. Use jax.lax.pmean on the loss, value and grad."
+        )
+        raise

@@ -11,6 +11,8 @@ from hidlr_optax._groups import Groups
 from hidlr_optax._measurement import Measurement, check_batch_size, evaluate
 from hidlr_optax._quadratic import Quadratic
 
+_ROUNDING = 16.0  # units in the last place: a difference of slopes that is smaller is none
+
 
 def _products(
     product: Callable[[jax.Array], Any], num_groups: int, batch_size: int | None
@@ -137,6 +139,66 @@ class GaussNewton:
                 f"output_loss(model_fn(params, batch), batch) is {found}, but the loss is "
                 f"{expected}: the curvature would be that of another function"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class Secant:
+    """The estimator made by `secant`."""
+
+    couples: ClassVar[bool] = False  # the coupling is in the row sums, but not by itself
+
+    def estimate(
+        self,
+        loss: Callable[[Any], jax.Array],
+        params: Any,
+        direction: Any,
+        groups: Groups,
+        rates: jax.Array,
+        *,
+        slope: jax.Array | None = None,
+        **unused: Any,
+    ) -> Measurement:
+        """The slope lost over the step with these rates: (Aη)_k = b_k − b_k(η)."""
+        del unused
+
+        def along(offset: jax.Array) -> jax.Array:
+            return loss(groups.step(params, direction, offset))
+
+        try:
+            start = -jax.grad(along)(jnp.zeros_like(rates)) if slope is None else slope
+            end = -jax.grad(along)(rates)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            message = f"secant() needs a differentiable loss; JAX says: {error}."
+            raise ValueError(f"{message} probes() evaluates only.") from error
+        start, end = start.astype(jnp.float32), end.astype(jnp.float32)
+        largest = jnp.maximum(jnp.abs(start), jnp.abs(end))
+        rounding = _ROUNDING * float(jnp.finfo(jnp.float32).eps) * largest
+        return Measurement(
+            quadratic=Quadratic(start, (start - end) / rates),
+            resolved=largest > 0,
+            floor=rounding / rates,
+            offsets=rates[None],
+            changes=jnp.zeros(0, jnp.float32),
+        )
+
+
+def secant() -> Secant:
+    """What each group adds to the curvature of the joint step, from one gradient at its end.
+
+    b − b(η) = Aη, all K rows at once: the change of the slopes over the step with the present rates
+    η, exact where the loss is quadratic. Reported as curvature is (Aη)_k/η_k, the curvature of
+    group k in the company of the others at these rates, a_k + Σ_l≠k A_kl η_l/η_k. Costs one
+    gradient of the loss, whatever K is, beside the one that `update` is given.
+
+    Returns:
+      An estimator, for `hidlr(..., curvature=...)`.
+
+    Example:
+      >>> import hidlr_optax as hd
+      >>> hd.secant()
+      Secant()
+    """
+    return Secant()
 
 
 def hessian(batch_size: int | None = None) -> Hessian:

@@ -46,7 +46,8 @@ class Kept(enum.IntEnum):
     infinite. UNRESOLVED (2): the group's probes change the loss by less than its floating-point
     type resolves. NOT_CONVEX (3): the curvature is negative or zero, so the quadratic has no
     minimum. NO_SLOPE (4): the group's gradient or update is zero, and nothing asks for a rate.
-    OTHER_GROUP (5): another group's fit failed, and all rates are kept or none.
+    OTHER_GROUP (5): another group's fit failed, and all rates are kept or none. ASCENDS (6): the
+    step as a whole goes uphill on the batch that made it.
     """
 
     NO = 0
@@ -55,6 +56,7 @@ class Kept(enum.IntEnum):
     NOT_CONVEX = 3
     NO_SLOPE = 4
     OTHER_GROUP = 5
+    ASCENDS = 6
 
 
 def fit_joint(points: jax.Array, changes: jax.Array, slope: jax.Array | None = None) -> Quadratic:

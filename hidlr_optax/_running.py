@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from hidlr_optax._groups import Groups
 from hidlr_optax._quadratic import Kept, Quadratic, influence, marginal
-from hidlr_optax._transform import HiDLRState
+from hidlr_optax._state import HiDLRState
 
 LIMB = 2**30  # sizes are stored in two int32: groups of large models outgrow one
 

@@ -10,7 +10,8 @@ from hidlr_optax._checks import bind_loss, check_arguments, check_like, check_sc
 from hidlr_optax._groups import Groups
 from hidlr_optax._quadratic import Kept, Quadratic
 from hidlr_optax._solvers import diagonal, vertices
-from hidlr_optax._transform import initial_rates, trust
+from hidlr_optax._state import initial_rates
+from hidlr_optax._transform import trust
 from hidlr_optax.curvature import Estimator, Measurement, probes
 
 _ROUND_CHANGE = 100.0

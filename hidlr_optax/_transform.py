@@ -1,7 +1,8 @@
 """The Optax transformation: estimate -> average -> minimise -> guard -> scale."""
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,99 +16,22 @@ from hidlr_optax._checks import (
     check_like,
     check_scalar,
     check_slope,
+    refresh_if,
     usable_value,
 )
 from hidlr_optax._groups import Groups, wide
+from hidlr_optax._hold import Hold, begin, hold
+from hidlr_optax._look import Call, Rule, held
 from hidlr_optax._quadratic import Kept, Quadratic, average, influence
 from hidlr_optax._safety import afloat, cut, first_rates
-from hidlr_optax._solvers import Solver, coupled
-from hidlr_optax.curvature import Estimator, Measurement, probes
-
-
-class HiDLRState(NamedTuple):
-    """State of `hidlr`: O(K) scalars, per-group ones in dicts keyed by label.
-
-    Attributes:
-      count: () int32, updates so far.
-      refreshes: () int32, refreshes so far, those that kept the rates included.
-      cuts: () int32, how often the guard has cut the rates that a refresh had found.
-      schedule_factor: () float32, the factor of warm-up and schedule at the last update.
-      group_learning_rates: η, () float32 each, without the schedule's factor.
-      slope: b, () float32 each, loss per unit learning rate, averaged over refreshes.
-      curvature: a, () float32 each, loss per unit learning rate squared, averaged.
-      influence: PPI, () float32 each, loss per parameter, of the last refresh whose curvature was
-        positive; zero before.
-      measured_slope: b of the last refresh alone, () float32 each, not averaged; zero where it was
-        not finite.
-      measured_curvature: a of the last refresh alone, () float32 each, not averaged; zero where it
-        was not finite, or too small to be told from none.
-      coupling: the curvature between groups, (K, K) float32 in the order of the sorted labels, zero
-        on its diagonal, averaged; None where the estimator does not measure it.
-      measurements: () int32 each, how many refreshes the averages hold.
-      kept: () int32 each, a `Kept`: why the last refresh kept the group's rate, 0 if it did not.
-      direction: u of the last update, like params, for `slope="lagged"`; () for other slopes.
-    """
-
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    refreshes: jax.Array
-    cuts: jax.Array
-    schedule_factor: jax.Array
-    group_learning_rates: dict[str, jax.Array]
-    slope: dict[str, jax.Array]
-    curvature: dict[str, jax.Array]
-    influence: dict[str, jax.Array]
-    measured_slope: dict[str, jax.Array]
-    measured_curvature: dict[str, jax.Array]
-    coupling: Any
-    measurements: dict[str, jax.Array]
-    kept: dict[str, jax.Array]
-    direction: Any
-
-
-def initial_rates(initial: Any, names: tuple[str, ...]) -> dict[str, jax.Array]:
-    """One rate for each name; zero, to be found at the first update, where `initial` is None."""
-    if initial is None:
-        initial = 0.0
-    if not isinstance(initial, Mapping):
-        initial = dict.fromkeys(names, initial)
-    missing = [name for name in names if name not in initial]
-    unknown = [name for name in initial if name not in names]
-    if missing or unknown:
-        raise ValueError(
-            f"init_learning_rate must name every group and no other; the groups are {list(names)}, "
-            f"missing are {missing}, not among them are {unknown}"
-        )
-    # `array`, not `asarray`: a buffer of its own for each leaf, so that the state can be donated.
-    return {name: jnp.array(initial[name], jnp.float32) for name in names}
+from hidlr_optax._solvers import Solver
+from hidlr_optax._state import HiDLRState, initial_rates, initial_state
+from hidlr_optax.curvature import Estimator, Measurement, probes, secant
 
 
 def _is_stand_in(params: Any) -> bool:
     """Whether this is optax.tree.map_params, which initialises with an object without leaves."""
     return type(params).__name__ == "_ParamsPlaceholder"
-
-
-def _initial_state(
-    names: tuple[str, ...], init_learning_rate: Any, couples: bool, direction: Any
-) -> HiDLRState:
-    def zeros(dtype: Any) -> dict[str, jax.Array]:
-        return {name: jnp.zeros((), dtype) for name in names}
-
-    return HiDLRState(
-        count=jnp.zeros((), jnp.int32),
-        refreshes=jnp.zeros((), jnp.int32),
-        cuts=jnp.zeros((), jnp.int32),
-        schedule_factor=jnp.ones((), jnp.float32),
-        group_learning_rates=initial_rates(init_learning_rate, names),
-        slope=zeros(jnp.float32),
-        curvature=zeros(jnp.float32),
-        influence=zeros(jnp.float32),
-        measured_slope=zeros(jnp.float32),
-        measured_curvature=zeros(jnp.float32),
-        coupling=jnp.zeros((len(names), len(names)), jnp.float32) if couples else None,
-        measurements=zeros(jnp.int32),
-        kept=zeros(jnp.int32),
-        direction=direction,
-    )
 
 
 def trust(measured: Measurement) -> jax.Array:
@@ -167,19 +91,6 @@ def _refresh(
     )
 
 
-def _refresh_if(
-    due: jax.Array, refreshed: Callable[[], HiDLRState], state: HiDLRState
-) -> HiDLRState:
-    try:
-        return jax.lax.cond(due, refreshed, lambda: state)
-    except TypeError as error:
-        error.add_note(
-            "If this is inside shard_map: the loss differs from device to device, and each would "
-            "come to its own learning rates. Use jax.lax.pmean on the loss, value and grad."
-        )
-        raise
-
-
 def _previous(state: HiDLRState, updates: Any) -> Any:
     """The direction of the step that led to params; the coming one at the first update."""
     return jax.tree.map(
@@ -236,9 +147,9 @@ def hidlr(
     init_learning_rate: float | Mapping[str, float] | None = 1e-3,
     update_interval: int = 10,
     schedule: optax.Schedule | None = None,
-    curvature: Estimator = probes(),
+    curvature: Estimator | None = None,
     slope: Slope | None = "lagged",
-    solver: Solver = coupled(),
+    solver: Solver | Hold = hold(),
     warmup: int = 20,
     lagged_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -247,9 +158,9 @@ def hidlr(
     Takes the incoming updates as the direction u and multiplies group k by η_k. They have to be
     descending and at rate one, as those of `optax.adamw(1.0)` are. Every `update_interval` steps,
     it models the loss along the group steps, L(w + Σ η_k u_k) − L(w) ≈ −bᵀη + ½ ηᵀAη (arXiv
-    2501.06954, eq. 2.3), and moves the rates towards its minimum. With the default estimator that
-    takes 2K + 1 evaluations of the loss. For Algorithm 1 of the paper to the letter, see
-    `paper_hidlr`.
+    2501.06954, eq. 2.3), and moves the rates. By default (`hold`) that costs one forward pass, and
+    for K > 1 one gradient at every fourth refresh, whatever K is. For Algorithm 1 of the paper to
+    the letter, see `paper_hidlr`.
 
     `update(updates, state, params, *, batch, value, grad, value_fn)` takes, beside what every
     transformation takes:
@@ -257,7 +168,8 @@ def hidlr(
     * `batch`: handed to `loss_fn`.
     * `value_fn`: params -> scalar, takes the place of `loss_fn` and `batch`. Keywords of `update`
       that its signature names are handed on to it, as Optax's line searches do.
-    * `value`: the probed loss at `params`, of this `batch` and no other; spares one evaluation.
+    * `value`: the probed loss at `params`, of this `batch` and no other; spares one evaluation, and
+      lets the guard see every step.
     * `grad`: the raw gradient of that loss, before any preconditioning; gives the slope.
     * `refresh`: a bool, False to leave the rates alone at this call. See `multi_steps`.
 
@@ -270,24 +182,25 @@ def hidlr(
       loss_fn: (params, batch) -> scalar; None if `update` is always given `value_fn`. It has to be
         the same function at all probes of a refresh: fix dropout keys and batch statistics.
       param_labels: a pytree of str like params, a prefix of it, or a callable from params to one.
-      init_learning_rate: η to begin with, one for all groups or `{label: rate}`. None: found. It
-        hardly matters: see `warmup`.
+      init_learning_rate: the proportions of the rates to begin with, one number for all groups or
+        `{label: rate}`. Their size is found at the first update: the first step changes the loss by
+        a hundredth. With `warmup=0`, or without `grad`, the rates begin as they are given. None:
+        all alike.
       update_interval: Φ, steps from refresh to refresh.
-      schedule: step -> factor, multiplies all rates. "lagged" has to know it: put no other scaling
-        after `hidlr` then.
-      curvature: the estimator, from `probes`, `hessian` or `gauss_newton`.
-      slope: where b comes from. "lagged": slope and curvature along the previous direction, at its
-        end, with the present gradient, whose batch that direction has not seen; b_k = −⟨∇L_k, u_k⟩
-        + (Aη)_k moves the slope back to the start; at the first call, where nothing is previous, it
-        is "gradient". "gradient": b_k = −⟨∇L_k, u_k⟩, on the batch that made u_k: for full batches;
-        on mini-batches it is too steep, and rates rise without end. "probes": fitted together with
-        the curvature, on whatever `batch` is passed, such as the next or a held-out one. None:
-        "gradient" at calls with `grad`, "probes" at others.
-      solver: from `coupled` or `diagonal`.
-      warmup: the number of first updates during which there is a refresh at each and the rates rise
-        linearly to their full value. The rates begin within a factor ten of what changes the loss
-        by a hundredth, wherever `init_learning_rate` is, if `grad` is passed. 0: none of this, and
-        the rates begin as they are given.
+      schedule: step -> factor, 1 at its peak; multiplies all rates. `hold` knows it and does not
+        undo it; put no other scaling after `hidlr`.
+      curvature: the estimator, from `secant`, `probes`, `hessian` or `gauss_newton`. With `hold` it
+        measures the single groups, every few refreshes. None: `secant()` with `hold`, `probes()`
+        with the other solvers.
+      slope: where b comes from. "lagged": slope and curvature along the previous step, which the
+        present batch has not made, b_k = −⟨∇L_k, u_k⟩ + (Aη)_k at its start. "gradient":
+        b_k = −⟨∇L_k, u_k⟩ along the coming step, on the batch that made u_k: for full batches; on
+        mini-batches it is too steep. "probes": fitted together with the curvature, on whatever
+        `batch` is passed, such as the next or a held-out one. None: "gradient" at calls with
+        `grad`, "probes" at others.
+      solver: from `hold`, `coupled` or `diagonal`.
+      warmup: the number of first updates during which there is a refresh at each and the rates are
+        found. `coupled` and `diagonal` also raise the rates linearly over them. 0: none of this.
       lagged_dtype: the dtype in which "lagged" stores the direction, such as bfloat16; None: its
         own.
 
@@ -312,6 +225,9 @@ def hidlr(
       >>> sorted(optax.tree.get(state, "group_learning_rates"))
       ['bias', 'weight']
     """
+    holds = isinstance(solver, Hold)
+    if curvature is None:
+        curvature = secant() if holds else probes()
     check_arguments(
         loss_fn, init_learning_rate, update_interval, schedule, curvature, slope, solver, warmup
     )
@@ -321,12 +237,15 @@ def hidlr(
         if _is_stand_in(params):
             # Which fields are like params is all that is asked for: a prefix of the state says it.
             fields: dict[str, Any] = {field: jnp.zeros(()) for field in HiDLRState._fields}
-            if not curvature.couples:
+            if holds or not curvature.couples:
                 fields["coupling"] = None
+            fields["progress"] = jax.tree.map(lambda _: jnp.zeros(()), begin()) if holds else ()
             fields["direction"] = params if slope == "lagged" else ()
             return HiDLRState(**fields)
         groups = Groups.of(param_labels, params)
-        return _initial_state(groups.names, init_learning_rate, curvature.couples, direction)
+        progress = begin() if holds else ()
+        couples = curvature.couples and not holds
+        return initial_state(groups.names, init_learning_rate, couples, progress, direction)
 
     def update_fn(
         updates: Any,
@@ -358,7 +277,7 @@ def hidlr(
         # a copy as large as the parameters need not be carried through them.
         scalars = state._replace(direction=())
 
-        def refreshed() -> HiDLRState:
+        def refreshed(solver: Solver) -> HiDLRState:
             at = value
             if at is None:
                 at = loss(groups.step(params, updates, jnp.zeros(len(groups))))
@@ -389,10 +308,30 @@ def hidlr(
                 return new
             return _guarded(new, rates, loss, params, updates, at, present, groups, solver.max_rise)
 
-        due = ((state.count % interval == 0) | (state.count < length)) & jnp.asarray(refresh)
-        new = _refresh_if(due, refreshed, scalars)
-        factor = jnp.asarray(1.0 if schedule is None else schedule(new.count), jnp.float32)
-        factor *= jnp.minimum((new.count + 1) / jnp.maximum(length, 1), 1.0).astype(jnp.float32)
+        finding = state.count < length
+        due = ((state.count % interval == 0) | finding) & jnp.asarray(refresh)
+        factor = jnp.asarray(1.0 if schedule is None else schedule(state.count), jnp.float32)
+        if isinstance(solver, Hold):
+            asked = 1e-3 if init_learning_rate is None else init_learning_rate
+            rule = Rule(
+                solver,
+                curvature,
+                finding=finding,
+                due=due,
+                allowed=jnp.asarray(refresh),
+                watching=finding,
+                factor=factor,
+                refreshes=(state.count - length) / interval,
+                initial=groups.pack(initial_rates(asked, groups.names)),
+            )
+            previous = state.direction if slope == "lagged" else None
+            gradient = None if slope == "probes" else grad
+            call = Call(loss, params, updates, previous, groups, batch, value, gradient)
+            new = held(scalars, call, rule)
+        else:
+            new = refresh_if(due, functools.partial(refreshed, solver), scalars)
+            ramp = (new.count + 1) / jnp.maximum(length, 1)
+            factor *= jnp.minimum(ramp, 1.0).astype(jnp.float32)
         rates = groups.pack(new.group_learning_rates) * factor
         direction = optax.tree.cast(updates, lagged_dtype) if slope == "lagged" else ()
         return groups.scale(updates, rates), new._replace(

@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hidlr_optax._derivatives import GaussNewton, Hessian, gauss_newton, hessian
+from hidlr_optax._derivatives import (
+    GaussNewton,
+    Hessian,
+    Secant,
+    gauss_newton,
+    hessian,
+    secant,
+)
 from hidlr_optax._groups import Groups, wide
 from hidlr_optax._measurement import Measurement, check_batch_size, evaluate
 from hidlr_optax._quadratic import Quadratic, fit_axes, fit_joint
@@ -23,9 +30,11 @@ __all__ = [
     "Hessian",
     "Measurement",
     "Probes",
+    "Secant",
     "gauss_newton",
     "hessian",
     "probes",
+    "secant",
 ]
 
 # How many units in the last place of the loss a change has to be before it is more than rounding.
@@ -141,6 +150,7 @@ class Probes:
         del batch
         if value is None:
             value = loss(groups.step(params, direction, jnp.zeros_like(rates)))
+        rates = jnp.abs(rates)  # probes lie to either side
         unit = rates if expected is None else self.reach(rates, slope, value, expected)
         points = self.points(len(groups), step)
         offsets = points * unit
@@ -220,4 +230,4 @@ def probes(
     return Probes(design, per_group, batch_size, seed)
 
 
-Estimator = Probes | Hessian | GaussNewton
+Estimator = Probes | Hessian | GaussNewton | Secant

@@ -14,7 +14,7 @@ import numpy as np
 
 from hidlr_optax._report import GroupInfluence, Influence
 from hidlr_optax._running import LIMB, Moments, Running, count, start
-from hidlr_optax._transform import HiDLRState
+from hidlr_optax._state import HiDLRState
 
 __all__ = [
     "GroupInfluence",
@@ -102,7 +102,7 @@ def _unwrapped(state: HiDLRState) -> HiDLRState:
             return {name: _array(x) for name, x in field.items()}
         return None if field is None else _array(field)
 
-    return HiDLRState(*map(bare, state._replace(direction=None)))
+    return HiDLRState(*map(bare, state._replace(progress=None, direction=None)))
 
 
 def accumulate(running: Running, opt_state: Any) -> Running:
@@ -138,7 +138,8 @@ def accumulate(running: Running, opt_state: Any) -> Running:
       >>> def loss_fn(params, batch):
       ...     return params["x"] ** 2 / 2
       >>> params = {"x": jnp.asarray(3.0)}
-      >>> tx, running = hd.hidlr(loss_fn, "all"), hd.influence.start("all", params)
+      >>> tx = hd.hidlr(loss_fn, "all", slope="gradient")
+      >>> running = hd.influence.start("all", params)
       >>> grad = jax.grad(loss_fn)(params, None)
       >>> _, state = tx.update({"x": -grad["x"]}, tx.init(params), params, grad=grad)
       >>> running = jax.jit(hd.influence.accumulate)(running, state)

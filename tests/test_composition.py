@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from support import bare, bare_ulr, counted, enable_x64, promoting, shard_map
+from support import bare, bare_ulr, counted, coupled_hidlr, enable_x64, promoting, shard_map
 
 import hidlr_optax as hd
 
@@ -201,8 +201,9 @@ def test_a_schedule_inside_gives_the_updates_of_one_after():
     )
 
 
-def test_injected_hyperparameters_can_be_changed_while_training():
-    inject = optax.inject_hyperparams(hd.hidlr, ("loss_fn", "param_labels"))
+@pytest.mark.parametrize(("factory", "ramp"), [(hd.hidlr, 1.0), (coupled_hidlr, 6 / 9)])
+def test_injected_hyperparameters_can_be_changed_while_training(factory, ramp):
+    inject = optax.inject_hyperparams(factory, ("loss_fn", "param_labels"))
     rule = inject(_parabolas, _LABELS, update_interval=100, warmup=2)
     tx = optax.chain(optax.sgd(1.0), rule)
     step = jax.jit(_step(tx))
@@ -219,7 +220,7 @@ def test_injected_hyperparameters_can_be_changed_while_training():
         params, state = step(params, state, _BATCH)
         refreshes.append(int(optax.tree.get(state, "refreshes")))
     assert refreshes == [1, 2, 2, 3, 3, 4]
-    assert optax.tree.get(state, "schedule_factor") == np.float32(6 / 9)
+    assert optax.tree.get(state, "schedule_factor") == np.float32(ramp)
 
 
 @_plain_and_default
@@ -283,11 +284,16 @@ def test_refresh_false_leaves_the_rates_alone_and_evaluates_nothing():
     np.testing.assert_allclose(updates["v"], _PARAMS["v"] * 0.1, rtol=1e-6)
 
 
-_EVALUATIONS = {_hidlr: 4 * 2, _default: 2 * 2 + 1}  # per refresh of two groups, value given
+def _evaluations(rule, refreshes):
+    """Of refreshes of two groups, given by how many there were before each; value and grad known.
+
+    The default looks back, ahead while it finds the rates, and at every fourth takes a gradient.
+    """
+    return sum(8 if rule is _hidlr else 2 + (before % 4 == 0) for before in refreshes)
 
 
 def _accumulated_run(rule, accumulate, every):
-    """Six mini-steps on different batches; also how often the loss was probed, in refreshes."""
+    """Six mini-steps on different batches; also how often the loss was evaluated."""
     loss_fn, calls = counted(_parabolas)
     tx = optax.chain(optax.sgd(1.0), rule(loss_fn, update_interval=1))
     tx = _lenient(accumulate(_strict(tx), every))
@@ -297,15 +303,15 @@ def _accumulated_run(rule, accumulate, every):
         centre = jax.tree.map(lambda leaf, n=n: leaf + 0.1 * n, _BATCH["centre"])
         params, state = step(params, state, _BATCH | {"centre": centre})
     jax.effects_barrier()
-    return params, state, len(calls) / _EVALUATIONS[rule]
+    return params, state, len(calls)
 
 
 @_plain_and_default
 def test_multi_steps_equals_optax_but_probes_only_at_the_step_that_is_applied(rule):
-    params, state, refreshes = _accumulated_run(rule, hd.multi_steps, 3)
-    params_alone, state_alone, refreshes_alone = _accumulated_run(rule, optax.MultiSteps, 3)
-    assert refreshes == 2
-    assert refreshes_alone == 6
+    params, state, evaluations = _accumulated_run(rule, hd.multi_steps, 3)
+    params_alone, state_alone, evaluations_alone = _accumulated_run(rule, optax.MultiSteps, 3)
+    assert evaluations == _evaluations(rule, [0, 1])
+    assert evaluations_alone == _evaluations(rule, [0, 0, 0, 1, 1, 1])
     assert optax.tree.get(state, "refreshes") == 2
     _assert_all_close(params, params_alone)
     _assert_all_close(_rates(state), _rates(state_alone))
@@ -313,8 +319,8 @@ def test_multi_steps_equals_optax_but_probes_only_at_the_step_that_is_applied(ru
 
 @_plain_and_default
 def test_multi_steps_follows_a_schedule_of_mini_steps(rule):
-    *_, refreshes = _accumulated_run(rule, hd.multi_steps, lambda step: jnp.where(step < 2, 1, 2))
-    assert refreshes == 4  # mini-steps 0, 1, 3 and 5
+    *_, evaluations = _accumulated_run(rule, hd.multi_steps, lambda step: jnp.where(step < 2, 1, 2))
+    assert evaluations == _evaluations(rule, range(4))  # mini-steps 0, 1, 3 and 5
 
 
 def test_multi_steps_hands_keywords_on_inside_a_chain():

@@ -116,8 +116,20 @@ def _naive(states):
 
 @pytest.mark.parametrize(
     "kwargs",
-    [{}, {"curvature": hd.hessian()}, {"slope": "probes", "update_interval": 3, "warmup": 0}],
-    ids=["default", "hessian", "probes"],
+    [
+        {},
+        {"solver": hd.coupled()},
+        {"curvature": hd.hessian()},
+        {"solver": hd.coupled(), "curvature": hd.hessian()},
+        {"slope": "probes", "update_interval": 3, "warmup": 0},
+        {
+            "solver": hd.coupled(),
+            "slope": "probes",
+            "update_interval": 3,
+            "warmup": 0,
+        },
+    ],
+    ids=["default", "coupled", "hessian", "coupled hessian", "probes", "coupled probes"],
 )
 def test_accumulation_inside_a_scan_is_that_of_a_loop_over_all_states(kwargs):
     step, carry = _training(**kwargs)

@@ -680,5 +680,6 @@ def test_hidlr_over_frozen_groups_keeps_their_backward_pass_alive_and_over_a_par
     # Without hidlr, XLA would drop the unused gradients of this chain, though not the copies.
     over_all = optax.chain(_partitioned_adamw(), hd.hidlr(_deep_loss, "all"))
     flops_over_all, held_over_all = _cost_of_masking(over_all)
-    assert flops_over_all > 2 * flops
+    # Gradient, look back and look ahead: 3 forward passes, or 5 with a backward pass of all.
+    assert flops_over_all > 1.6 * flops
     assert held_over_all > 2 * held

@@ -1,4 +1,4 @@
-"""How the default rule begins, how far it probes, what it costs and when the guard steps in."""
+"""How `coupled` begins, how far its probes reach, what it costs and when its guard steps in."""
 
 import functools
 import math
@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from scipy.optimize import minimize
-from support import bare, counted, enable_x64, promoting
+from support import bare, counted, coupled_hidlr, coupled_ulr, enable_x64, promoting
 
 import hidlr_optax as hd
 from hidlr_optax._quadratic import Kept, Quadratic
@@ -120,7 +120,7 @@ def test_where_the_rates_begin_does_not_matter():
     params, batch = _noise_free_case()
     found = []
     for rate in (1e-9, 1e6, None):
-        tx = optax.chain(_adamw(), hd.hidlr(_regression, _LABELS, init_learning_rate=rate))
+        tx = optax.chain(_adamw(), coupled_hidlr(_regression, _LABELS, init_learning_rate=rate))
         _, state, losses = _trained(_regression, tx, params, batch, 60)
         assert losses[-1] < 0.1 * losses[0]
         found.append(np.array([_rates(state)[name] for name in ("bias", "body", "head")]))
@@ -132,9 +132,9 @@ def test_where_the_rates_begin_does_not_matter():
 
 def test_rates_that_are_found_can_be_injected_hyperparameters():
     params, batch = _noise_free_case()
-    inject = optax.inject_hyperparams(hd.hidlr, ("loss_fn", "param_labels"))
+    inject = optax.inject_hyperparams(coupled_hidlr, ("loss_fn", "param_labels"))
     found = []
-    for factory in (hd.hidlr, inject):
+    for factory in (coupled_hidlr, inject):
         tx = optax.chain(optax.sgd(1.0), factory(_regression, _LABELS, init_learning_rate=None))
         found.append(_rates(_trained(_regression, tx, params, batch, 12)[1]))
     for name, rate in found[0].items():
@@ -150,7 +150,7 @@ def test_a_group_whose_gradient_is_zero_at_first_begins_at_the_common_rate():
     rng = np.random.default_rng(1)
     x, y = (jnp.asarray(rng.normal(size=(32, 4)), jnp.float32) for _ in range(2))
     params = {"a": jnp.asarray(rng.normal(size=(4, 2)), jnp.float32), "b": jnp.zeros((2, 4))}
-    tx = hd.hidlr(loss_fn, {"a": "a", "b": "b"}, init_learning_rate=None)
+    tx = coupled_hidlr(loss_fn, {"a": "a", "b": "b"}, init_learning_rate=None)
     value, grad = jax.value_and_grad(loss_fn)(params, (x, y))
     assert not np.any(grad["a"])
     direction = jax.tree.map(jnp.negative, grad)
@@ -173,7 +173,7 @@ def test_rates_are_found_at_the_first_refresh_even_if_that_is_not_the_first_upda
     params, batch = _noise_free_case()
     value, grad = jax.value_and_grad(_regression)(params, batch)
     direction = jax.tree.map(jnp.negative, grad)
-    tx = hd.hidlr(_regression, _LABELS, init_learning_rate=None)
+    tx = coupled_hidlr(_regression, _LABELS, init_learning_rate=None)
     update = jax.jit(functools.partial(tx.update, batch=batch, value=value, grad=grad))
     state = tx.init(params)
     for _ in range(skipped):
@@ -191,7 +191,7 @@ def test_the_lagged_slope_goes_back_by_the_rate_that_was_taken_not_by_the_one_pu
         del batch
         return 1 + params["x"] ** 2 / 2
 
-    tx = hd.hidlr(loss_fn, "all", init_learning_rate=0.9, warmup=10)
+    tx = coupled_hidlr(loss_fn, "all", init_learning_rate=0.9, warmup=10)
     update = jax.jit(tx.update)
     params = {"x": jnp.ones(())}
     state = tx.init(params)
@@ -213,7 +213,7 @@ def test_the_lagged_slope_goes_back_by_the_rate_that_was_taken_not_by_the_one_pu
 
 def _refreshes_and_factors(updates, **kwargs):
     params, batch = _noise_free_case()
-    tx = hd.hidlr(_regression, _LABELS, **kwargs)
+    tx = coupled_hidlr(_regression, _LABELS, **kwargs)
     value, grad = jax.value_and_grad(_regression)(params, batch)
     direction = jax.tree.map(jnp.negative, grad)
     update = jax.jit(functools.partial(tx.update, batch=batch, value=value, grad=grad))
@@ -358,7 +358,7 @@ def _walled(params, batch):
 
 def _first_walled_step(steep=0.0, poison=0.0, direction=1.0, **kwargs):
     """The rate asked for is 0.1, and the first refresh doubles it."""
-    tx = hd.hidlr(_walled, {"x": "x"}, init_learning_rate=0.1, warmup=10, **kwargs)
+    tx = coupled_hidlr(_walled, {"x": "x"}, init_learning_rate=0.1, warmup=10, **kwargs)
     params = {"x": jnp.zeros(())}
     updates, state = jax.jit(tx.update)(
         {"x": jnp.float32(direction)},
@@ -405,7 +405,7 @@ def test_without_a_guard_nothing_is_cut(solver):
 
 
 def test_cuts_are_counted():
-    tx = hd.hidlr(_walled, {"x": "x"}, init_learning_rate=0.1)
+    tx = coupled_hidlr(_walled, {"x": "x"}, init_learning_rate=0.1)
     params, update = {"x": jnp.zeros(())}, jax.jit(tx.update)
     state = tx.init(params)
     for poison, cuts in ((NAN, 1), (0.0, 1), (NAN, 2), (NAN, 2)):
@@ -452,7 +452,7 @@ _DOWN = {"x": jnp.array(-1.0), "y": jnp.array(-1.0)}
 @functools.cache
 def _bowl_rule(max_rise=0.2):
     """The jitted update, and the states before and after one clean refresh."""
-    tx = hd.hidlr(_bowl, {"x": "x", "y": "y"}, solver=hd.coupled(max_rise=max_rise))
+    tx = coupled_hidlr(_bowl, {"x": "x", "y": "y"}, solver=hd.coupled(max_rise=max_rise))
     update = jax.jit(tx.update)
     state = tx.init(_AT)
     _, after = update(_DOWN, state, _AT, **_known())
@@ -530,7 +530,7 @@ def test_a_refresh_of_the_default_rule_costs_two_evaluations_per_group_and_the_g
     counting, calls = counted(loss_fn)
     params = {f"p{n}": jnp.zeros(2, dtype) for n in range(3)}
     labels = "all" if groups == 1 else {name: name for name in params}
-    tx = hd.hidlr(counting, labels, warmup=10)
+    tx = coupled_hidlr(counting, labels, warmup=10)
     value, grad = jax.value_and_grad(loss_fn)(params, 0.0)
     direction = jax.tree.map(jnp.negative, grad)
     update = jax.jit(tx.update)
@@ -560,7 +560,7 @@ def test_a_loss_of_any_precision_beside_a_value_of_another_keeps_the_state_float
             return jnp.sum((params["w"] - 1) ** 2).astype(kind)
 
         params = {"w": jnp.zeros(3, jnp.float32)}
-        tx = hd.hidlr(loss_fn, "all")
+        tx = coupled_hidlr(loss_fn, "all")
         update = jax.jit(tx.update)
         state = tx.init(params)
         types = [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in jax.tree.leaves(state)]
@@ -584,7 +584,7 @@ def test_bfloat16_parameters_are_trained_by_the_default_rule():
     def loss_fn(params, batch):
         return _regression(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), batch)
 
-    tx = optax.chain(_adamw(), hd.hidlr(loss_fn, _LABELS))
+    tx = optax.chain(_adamw(), coupled_hidlr(loss_fn, _LABELS))
     trained, state, losses = _trained(loss_fn, tx, params, batch, 60)
     assert {leaf.dtype for leaf in jax.tree.leaves(trained)} == {jnp.dtype(jnp.bfloat16)}
     assert all(0 < rate < INF for rate in _rates(state).values())
@@ -634,11 +634,17 @@ def test_the_box_minimum_of_a_thousand_groups_is_that_of_scipy(condition):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: hd.hidlr(None, "all", warmup=-1), "warmup must be a whole number >= 0, got -1"),
-        (lambda: hd.hidlr(None, "all", warmup=2.5), "warmup must be a whole number >= 0, got 2.5"),
-        (lambda: hd.hiulr(None, warmup=-1), "warmup must be a whole number >= 0, got -1"),
         (
-            lambda: hd.hidlr(None, "all", init_learning_rate=None, warmup=0),
+            lambda: coupled_hidlr(None, "all", warmup=-1),
+            "warmup must be a whole number >= 0, got -1",
+        ),
+        (
+            lambda: coupled_hidlr(None, "all", warmup=2.5),
+            "warmup must be a whole number >= 0, got 2.5",
+        ),
+        (lambda: coupled_ulr(None, warmup=-1), "warmup must be a whole number >= 0, got -1"),
+        (
+            lambda: coupled_hidlr(None, "all", init_learning_rate=None, warmup=0),
             "init_learning_rate=None is found during warm-up, but warmup is 0",
         ),
         (lambda: hd.paper_hidlr(None, "all", init_learning_rate=None), "warmup is 0"),
@@ -661,6 +667,6 @@ def test_rates_cannot_be_found_without_the_gradient():
 
 def test_the_default_rule_without_the_gradient_says_what_to_pass():
     params, batch = _noise_free_case()
-    tx = hd.hidlr(_regression, _LABELS)
+    tx = coupled_hidlr(_regression, _LABELS)
     with pytest.raises(ValueError, match=r"needs the raw gradient of the loss: pass grad="):
         tx.update(params, tx.init(params), params, batch=batch)

@@ -1,0 +1,436 @@
+"""Peak and hold: find the scale of the rates in the first steps, then hold it. Arrays only.
+
+The rule looks back once a refresh: it evaluates the loss where the last step began, on the batch
+that came after it and so has not made it. With the loss where the step led, and the slope E there
+by the gradient that is known anyway, that is a parabola along the step: its curvature is
+C = 2(G − E), G the loss won, and the slope at its start F = E + C. The ratio q = C/F says how far
+the step went: 1 to the minimum of the loss, 2 to where nothing is won.
+
+Tuned runs peak at q of one to one and a half, whatever the model (see docs), so the rule moves the
+rates until q meets its goal: fast in the first steps, then ever less, as a stochastic approximation
+does. A schedule makes q smaller, and is not followed: it weighs in with the fourth power of its
+factor.
+
+All averages are kept per unit of the joint rate x, the geometric mean of the K rates, so that they
+need no rescaling when x moves.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_TINY = 1e-30
+_FIND_DECAY, _HOLD_DECAY = 0.7, 0.95  # of the averages, by the refresh
+_SLOPE_DECAY = 0.9  # of the slopes while the rates are found: they are noisier than curvatures
+_LOSS_DECAY = 0.95  # of the running loss
+_GROWTH = 1.2  # the most by which a refresh raises the rates while it finds them
+_RISE = 1.3  # and later
+_FALL = 0.5  # the most by which it lowers them
+_PATIENCE = 4.0  # refreshes after which the hold listens half as much
+_TOO_LOW = 0.7  # log of goal over ratio beyond which the rates rise at once
+_HEED = 1.5  # times the goal: as much as one look alone may say while the rates are found
+_LEAST_SHARE = 0.1  # of S, that F is taken for at least
+_NOISE = 0.8  # how much of the goal a slope that is all noise takes away
+_SPLIT_STEP = 0.15  # part of the way to equal ratios that a split moves the groups
+_START = 1e-2  # of the loss: what the first step, by its slope alone, is to change it by
+_STRAY = 5.0  # standard errors of the running loss above its least, from where it strays
+_JUMP = 0.3  # of the loss: a rise by more than this, where the coming step leads, halves the rates
+RESOLUTION = 16.0  # units in the last place of the loss: what is smaller is rounding
+
+
+class Progress(NamedTuple):
+    """What `hold` remembers between updates: () float32 each.
+
+    Attributes:
+      same: S = −⟨∇L, u⟩ on the batch that made u, averaged over refreshes: the scale of slopes.
+      slope: F, averaged.
+      curvature: C, averaged.
+      looks: how many refreshes the averages hold.
+      carry: how much of a direction is the one before it carried on, averaged; 0 with plain SGD,
+        near 0.9 with Adam and momentum.
+      ratio: q at the last refresh.
+      goal: what q is moved to.
+      loss: the running loss.
+      spread: the running variance of the loss from batch to batch.
+      least: the least running loss so far, since the guard last stepped in.
+      least_spread: the running variance at that time.
+      losses: how many losses the running loss holds.
+      ceiling: the joint rate that the guard allows.
+      peak: the largest factor of the schedule so far.
+    """
+
+    same: jax.Array
+    slope: jax.Array
+    curvature: jax.Array
+    looks: jax.Array
+    carry: jax.Array
+    ratio: jax.Array
+    goal: jax.Array
+    loss: jax.Array
+    spread: jax.Array
+    least: jax.Array
+    least_spread: jax.Array
+    losses: jax.Array
+    ceiling: jax.Array
+    peak: jax.Array
+
+
+def begin() -> Progress:
+    """Nothing seen."""
+    values = dict.fromkeys(Progress._fields, 0.0) | {"least": math.inf, "ceiling": math.inf}
+    return Progress(**{name: jnp.array(value, jnp.float32) for name, value in values.items()})
+
+
+class Look(NamedTuple):
+    """What one look along a step saw: () float32 each.
+
+    Attributes:
+      taken: the joint rate of the step, schedule included.
+      slope: F, the decrease of the loss over the step by the slope at its start.
+      curvature: C.
+      same: S, the decrease over the coming step by its slope on the batch that made it.
+    """
+
+    taken: jax.Array
+    slope: jax.Array
+    curvature: jax.Array
+    same: jax.Array
+
+
+def joint(rates: jax.Array) -> jax.Array:
+    """x, the geometric mean of (K,) rates."""
+    return jnp.exp(jnp.mean(jnp.log(jnp.maximum(rates, _TINY))))
+
+
+def first_rates(
+    rates: jax.Array, shape: jax.Array, value: jax.Array, slope: jax.Array
+) -> jax.Array:
+    """(K,) rates in these proportions whose first step changes the loss by a hundredth.
+
+    By its slopes alone: Σ η_k |b_k| = 0.01 |L|. Where that says nothing, `rates` stay; the shape
+    takes their place where they are zero.
+    """
+    parts = shape / jnp.max(shape)  # the same to the last bit, whatever the scale of the shape
+    scale = _START * jnp.abs(value) / jnp.sum(parts * jnp.abs(slope))
+    kept = jnp.where(rates > 0, rates, shape)
+    return jnp.where(jnp.isfinite(scale) & (scale > 0), scale * parts, kept)
+
+
+def averaged(mean: jax.Array, new: jax.Array, count: jax.Array, decay: jax.Array) -> jax.Array:
+    """The mean of the first few, then a moving average; `count` values are in `mean`."""
+    return mean + jnp.maximum(1 / (count + 1), 1 - decay) * (new - mean)
+
+
+def decay_of(finding: jax.Array) -> jax.Array:
+    return jnp.where(finding, _FIND_DECAY, _HOLD_DECAY)
+
+
+def carried(
+    direction: jax.Array,
+    previous: jax.Array,
+    gradient: jax.Array,
+    ahead: jax.Array,
+    down: jax.Array,
+    across: jax.Array,
+) -> jax.Array:
+    """How much of a direction u is the one before it, u′, once the gradient g is accounted for.
+
+    The coefficient of u′/‖u′‖ in the least-squares fit of u/‖u‖ by it and g/‖g‖. With plain SGD u
+    is a multiple of g, and it is 0 whatever u′ was; the cosine of u and u′ would be high where
+    gradients barely change.
+
+    Args:
+      direction: ‖u‖².
+      previous: ‖u′‖².
+      gradient: ‖g‖².
+      ahead: ⟨u, u′⟩.
+      down: ⟨u, g⟩.
+      across: ⟨u′, g⟩.
+    """
+
+    def cosine(inner: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+        norm = jnp.sqrt(first) * jnp.sqrt(second)
+        return jnp.where(norm > 0, inner / jnp.where(norm > 0, norm, 1), 0)
+
+    ahead, down = cosine(ahead, direction, previous), cosine(down, direction, gradient)
+    across = cosine(across, previous, gradient)
+    return jnp.clip((ahead - down * across) / (1 - across**2 + 1e-4), 0, 1)
+
+
+def watch(progress: Progress, loss: jax.Array) -> Progress:
+    """The running loss of batches that no step has seen, its variance, and its least."""
+    count = progress.losses
+    mean = averaged(progress.loss, loss, count, jnp.float32(_LOSS_DECAY))
+    spread = averaged(progress.spread, (loss - mean) ** 2, count, jnp.float32(_LOSS_DECAY))
+    lower = (count >= 1 / (1 - _LOSS_DECAY)) & (mean < progress.least)
+    seen = progress._replace(
+        loss=mean,
+        spread=spread,
+        least=jnp.where(lower, mean, progress.least),
+        least_spread=jnp.where(lower, spread, progress.least_spread),
+        losses=count + 1,
+    )
+    usable = jnp.isfinite(loss) & jnp.isfinite(mean)
+    return jax.tree.map(lambda new, old: jnp.where(usable, new, old), seen, progress)
+
+
+def look(progress: Progress, seen: Look, carry: jax.Array, finding: jax.Array) -> Progress:
+    """Averages in one look, each part bounded by a few times what is known so far."""
+    unit = jnp.maximum(seen.taken, _TINY)
+    same, slope, curvature = seen.same / unit, seen.slope / unit, seen.curvature / unit**2
+    known = jnp.maximum(jnp.where(progress.looks < 1, same, progress.same), _TINY)
+    count, decay = progress.looks, decay_of(finding)
+    slow = jnp.maximum(decay, _SLOPE_DECAY)
+    return progress._replace(
+        same=averaged(progress.same, jnp.clip(same, -known, 3 * known), count, slow),
+        slope=averaged(progress.slope, jnp.clip(slope, -3 * known, 3 * known), count, slow),
+        curvature=averaged(
+            progress.curvature,
+            jnp.clip(curvature, -2 * known / unit, 4 * known / unit),
+            count,
+            decay,
+        ),
+        looks=count + 1,
+        carry=averaged(progress.carry, carry, count, jnp.float32(0.9)),
+    )
+
+
+class Ratios(NamedTuple):
+    """q by the averages, and by the last look alone."""
+
+    average: jax.Array
+    present: jax.Array
+
+
+def ratios(progress: Progress, seen: Look) -> Ratios:
+    """How far a step at the present rates goes along its parabola: q = C/F.
+
+    F is averaged in both, and taken for a tenth of S at least: one slope is noise. While a schedule
+    warms up, as far as the step would go at its peak.
+    """
+    share = jnp.maximum(progress.slope, _LEAST_SHARE * jnp.maximum(progress.same, _TINY))
+    present = seen.curvature / jnp.maximum(seen.taken, _TINY) / share
+    average = progress.curvature * seen.taken / share
+    peak = jnp.where(progress.peak > 0, progress.peak, 1)  # a schedule may begin at zero
+    return Ratios(average / peak, present / peak)
+
+
+def goal_for(goal: float, carried_goal: float, progress: Progress) -> jax.Array:
+    """What q is moved to: less for directions with memory, and far less where that holds noise.
+
+    From `goal` without memory to `carried_goal` with much of it. A direction that is carried on
+    carries its noise on too, and pays for it many times over. The share of noise in the slope is
+    ν = 1 − F/S: what the batch that made the step sees, and the next does not.
+    """
+    memory = jnp.minimum(2 * progress.carry, 1)
+    noise = jnp.clip(1 - progress.slope / jnp.maximum(progress.same, _TINY), 0, 1)
+    return goal + (carried_goal * (1 - _NOISE * noise) - goal) * memory
+
+
+def find(ratio: Ratios, goal: jax.Array) -> jax.Array:
+    """The logarithm of what the rates are multiplied by while they are found."""
+    ratio_ = jnp.maximum(ratio.average, jnp.minimum(ratio.present, _HEED * goal))
+    return jnp.clip(_wanted(ratio_, goal), math.log(_FALL), math.log(_GROWTH))
+
+
+def keep(ratio: Ratios, goal: jax.Array, factor: jax.Array, refreshes: jax.Array) -> jax.Array:
+    """The logarithm of what the rates are multiplied by once they are found.
+
+    Args:
+      ratio: q.
+      goal: of q.
+      factor: of the schedule.
+      refreshes: since the rates were found.
+    """
+    # Upwards only as far as the present look agrees: after a death the loss is flat.
+    ratio_ = jnp.where(
+        ratio.average < goal,
+        jnp.maximum(ratio.average, jnp.minimum(ratio.present, goal)),
+        ratio.average,
+    )
+    wanted, weight = _wanted(ratio_, goal), factor**4
+    slow = jnp.clip(wanted, math.log(_FALL), math.log(_RISE)) / (1 + refreshes / _PATIENCE)
+    fast = jnp.clip(wanted - _TOO_LOW, 0, math.log(_RISE))
+    return weight * jnp.maximum(slow, fast)
+
+
+def _wanted(ratio: jax.Array, goal: jax.Array) -> jax.Array:
+    return jnp.where(ratio > 0, jnp.log(goal / jnp.maximum(ratio, 1e-6)), 2.0)
+
+
+class Verdict(NamedTuple):
+    """What the guard says: () each.
+
+    Attributes:
+      cut: the logarithm of what the rates are multiplied by, 0 unless it steps in.
+      progress: what is remembered of it.
+    """
+
+    cut: jax.Array
+    progress: Progress
+
+
+def alarmed(progress: Progress, loss: jax.Array) -> jax.Array:
+    """Whether a loss lies so far above the running one that the rates have to be looked at now."""
+    error = _STRAY * jnp.sqrt(progress.spread)
+    above = loss - progress.loss > jnp.maximum(_JUMP * jnp.abs(progress.loss), error)
+    return above & (progress.losses >= _STRAY)
+
+
+def guard(
+    progress: Progress,
+    behind: jax.Array,
+    ahead: jax.Array,
+    descent: jax.Array,
+    loss: jax.Array,
+    rate: jax.Array,
+) -> Verdict:
+    """Keeps a run from its death, by its steps and by its running loss.
+
+    A coming step that raises the loss by more than 30 %: to the minimum of the parabola through its
+    slope and that loss, within a tenth and a half; one after which the loss is not finite: a tenth.
+    A last step that has done so on a batch that it has not seen: a half. Where the running loss of
+    such batches lies above its least by five times its standard error, a half, and the rates never
+    rise above that again.
+
+    Args:
+      progress: the averages.
+      behind: by how much the last step has raised the loss.
+      ahead: the same of the coming step; 0 where that was not looked at.
+      descent: by how much it lowers the loss by its slope.
+      loss: between them.
+      rate: the joint rate, without the schedule.
+    """
+    limit = _JUMP * jnp.maximum(jnp.abs(loss), jnp.abs(progress.loss))
+    curve = 2 * (ahead + descent)
+    best = jnp.clip(descent / jnp.where(curve > 0, curve, 1), 0.1, _FALL)
+    kept = jnp.where(ahead > limit, jnp.where(jnp.isfinite(ahead), best, 0.1), 1.0)
+    kept = jnp.where(jnp.isfinite(ahead), kept, 0.1)
+    error = jnp.sqrt(progress.least_spread * (1 - _LOSS_DECAY) / (1 + _LOSS_DECAY))
+    strays = progress.loss - progress.least > _STRAY * error
+    kept = jnp.where((behind > limit) | strays, jnp.minimum(kept, _FALL), kept)
+    ceiling = jnp.where(strays, jnp.minimum(rate * _FALL, progress.ceiling), progress.ceiling)
+    watched = progress._replace(
+        ceiling=ceiling, least=jnp.where(strays, progress.loss, progress.least)
+    )
+    return Verdict(jnp.log(kept), watched)
+
+
+def split(
+    rates: jax.Array,
+    slope: jax.Array,
+    curvature: jax.Array,
+    usable: jax.Array,
+    initial: jax.Array,
+    max_split: float,
+) -> jax.Array:
+    """Moves the groups a little towards equal ratios q_k, their joint rate unchanged: (K,) rates.
+
+    log η_k += 0.15 log(q/q_k), less its mean, and within a factor `max_split` of the proportions
+    that the rates began with.
+
+    Args:
+      rates: η, (K,).
+      slope: b_k, (K,), loss per unit of the group's rate.
+      curvature: (Aη)_k/η_k, (K,).
+      usable: (K,) bool, the groups whose numbers can be trusted.
+      initial: (K,), in proportion to the rates at the beginning.
+      max_split: the largest factor.
+    """
+    gain, cost = rates * slope, rates**2 * curvature
+    usable &= (gain > 0) & (cost > 0)
+    gain, cost = jnp.where(usable, gain, 0), jnp.where(usable, cost, 0)
+    whole = jnp.sum(cost) / jnp.maximum(jnp.sum(gain), _TINY)
+    each = cost / jnp.where(usable, gain, 1)
+    wanted = jnp.where(usable, jnp.log(whole / jnp.where(usable, each, 1)), 0)
+    moved = jnp.log(rates / initial) + _SPLIT_STEP * jnp.clip(wanted, -1, 1)
+    moved -= jnp.mean(moved)
+    widest = jnp.max(jnp.abs(moved))
+    limit = math.log(max_split)
+    moved *= jnp.where(widest > limit, limit / jnp.where(widest > 0, widest, 1), 1.0)
+    shape = initial * jnp.exp(moved)
+    return jnp.where(jnp.sum(usable) > 1, shape * joint(rates) / joint(shape), rates)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hold:
+    """The solver made by `hold`.
+
+    Attributes:
+      goal: of the ratio, for directions without memory.
+      carried_goal: of the ratio, for directions that carry the previous one on.
+      split_interval: refreshes from one measurement of the single groups to the next.
+      max_split: how far a group's rate may move away from the joint one.
+    """
+
+    goal: float
+    carried_goal: float
+    split_interval: int
+    max_split: float
+
+    def change(
+        self,
+        progress: Progress,
+        seen: Look,
+        factor: jax.Array,
+        finding: jax.Array,
+        refreshes: jax.Array,
+    ) -> tuple[jax.Array, Progress]:
+        """The logarithm of what the rates are multiplied by, before the guard.
+
+        Args:
+          progress: with this look in it.
+          seen: the look.
+          factor: of the schedule.
+          finding: whether the rates are still to be found.
+          refreshes: since they were.
+        """
+        ratio = ratios(progress, seen)
+        goal = goal_for(self.goal, self.carried_goal, progress)
+        change = jnp.where(finding, find(ratio, goal), keep(ratio, goal, factor, refreshes))
+        return change, progress._replace(ratio=ratio.average, goal=goal)
+
+
+def hold(
+    goal: float = 1.5,
+    carried_goal: float = 1.3,
+    split_interval: int = 4,
+    max_split: float = 3.0,
+) -> Hold:
+    """Find the peak of the rates in the first steps, then hold it: the default.
+
+    The rates move until the ratio q = C/F of the last step meets its goal: C the curvature along
+    it, F the slope at its start, both by one forward pass on a batch that the step has not seen. q
+    is 1 where the step leads to the minimum of the loss, 2 where it wins nothing. Tuned runs peak
+    between. A direction that carries the previous one on (Adam, momentum) goes further than the
+    step that is seen, so its goal is lower. The groups share one joint rate, and move away from it
+    slowly, until their ratios are alike.
+
+    Args:
+      goal: of q where the direction has no memory (plain SGD), > 0.
+      carried_goal: of q where most of the direction is the one before it, > 0.
+      split_interval: refreshes from one measurement of the single groups to the next, ≥ 1.
+      max_split: the largest factor between a group's rate and the joint one, ≥ 1. 1: one rate.
+
+    Returns:
+      A solver, for `hidlr(..., solver=...)`.
+
+    Raises:
+      ValueError: an argument lies outside its range.
+
+    Example:
+      >>> import hidlr_optax as hd
+      >>> hd.hold(max_split=1.0)
+      Hold(goal=1.5, carried_goal=1.3, split_interval=4, max_split=1.0)
+    """
+    for name, value in (("goal", goal), ("carried_goal", carried_goal)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be finite and > 0, got {value}")
+    if split_interval < 1 or split_interval != int(split_interval):
+        raise ValueError(f"split_interval must be a whole number >= 1, got {split_interval}")
+    if not 1 <= max_split < math.inf:
+        raise ValueError(f"max_split must be finite and >= 1, got {max_split}")
+    return Hold(goal, carried_goal, split_interval, max_split)

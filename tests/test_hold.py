@@ -1,0 +1,714 @@
+"""`hold`: its arithmetic against plain Python and NumPy, and what it makes of runs."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import counted, enable_x64, promoting
+
+import hidlr_optax as hd
+from hidlr_optax import _hold
+from hidlr_optax._quadratic import Kept
+
+NAN, INF = math.nan, math.inf
+_f32 = jnp.float32
+_close = functools.partial(np.testing.assert_allclose, rtol=2e-5)
+_any_float = st.floats(width=32) | st.sampled_from([0.0, NAN, INF, -INF, 1e-38, 1e38, -1e38, 1.0])
+
+
+def _rates(state):
+    rates = optax.tree.get(state, "group_learning_rates")
+    return {name: float(rate) for name, rate in rates.items()}
+
+
+def _kept(state):
+    return {name: Kept(int(kept)) for name, kept in optax.tree.get(state, "kept").items()}
+
+
+def _progress(**known):
+    values = {name: _f32(value) for name, value in known.items()}
+    return _hold.begin()._replace(**values)
+
+
+def _mean(old, new, count, decay):
+    """Of all so far, and exponential once there are many."""
+    weight = max(1 / (count + 1), 1 - decay)
+    return (1 - weight) * old + weight * new
+
+
+def _clamp(x, low, high):
+    return min(max(x, low), high)
+
+
+# The parts, one by one.
+
+
+@pytest.mark.parametrize("rates", [[0.1], [0.1, 10.0], [1e-3, 2e-3, 5.0]])
+def test_the_joint_rate_is_the_geometric_mean(rates):
+    _close(_hold.joint(_f32(rates)), math.prod(rates) ** (1 / len(rates)))
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1.0, 3e5])
+@pytest.mark.parametrize("value", [2.0, -2.0, 0.0, NAN, INF, -INF])
+@pytest.mark.parametrize(
+    "slope", [[1.0, 2.0], [1.0, -2.0], [0.0, 2.0], [0.0, 0.0], [1.0, NAN], [INF, 1.0]]
+)
+def test_the_first_step_changes_the_loss_by_a_hundredth(slope, value, scale):
+    shape = np.array([1.0, 3.0]) * scale
+    steep = shape @ np.abs(slope)
+    known = 0 < steep < INF and math.isfinite(value) and value != 0
+    rates = np.array([0.0, 0.2])
+    expected = shape * 0.01 * abs(value) / steep if known else [shape[0], 0.2]
+    found = jax.jit(_hold.first_rates)(_f32(rates), _f32(shape), _f32(value), _f32(slope))
+    assert found.dtype == jnp.float32
+    _close(found, expected)
+
+
+def test_the_first_rates_do_not_depend_on_the_scale_of_the_shape_to_the_last_bit():
+    for shape in ([1.0], [1.0, 1.0, 1.0]):
+        slope = _f32(np.linspace(0.3, 0.7, len(shape)))
+        found = [
+            _hold.first_rates(_f32(shape), _f32(shape) * _f32(scale), _f32(2.3), slope)
+            for scale in (1e-7, 1e-3, 1.0, 17.0)
+        ]
+        for other in found[1:]:
+            np.testing.assert_array_equal(other, found[0])
+
+
+def _carried_in_numpy(u, before, g):
+    """Least squares by the normal equations, a ten-thousandth of a ridge on what g leaves over."""
+    unit = [x / np.linalg.norm(x) if np.any(x) else x * 0.0 for x in (u, before, g)]
+    u, before, g = unit
+    left = before - (before @ g) * g  # of u′, orthogonal to g
+    return _clamp((u @ left) / (1 - (before @ g) ** 2 + 1e-4), 0.0, 1.0)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("memory", [0.0, 0.5, 0.9, -0.5])
+def test_what_is_carried_on_is_that_of_least_squares(seed, memory):
+    rng = np.random.default_rng(seed)
+    before, g = rng.normal(size=(2, 7)) * 10.0 ** rng.uniform(-8, 8, size=(2, 1))
+    u = memory * before - (0 if seed == 0 else np.linalg.norm(before) / np.linalg.norm(g)) * g
+    inner = {
+        "direction": u @ u,
+        "previous": before @ before,
+        "gradient": g @ g,
+        "ahead": u @ before,
+        "down": u @ g,
+        "across": before @ g,
+    }
+    found = _hold.carried(**{name: _f32(value) for name, value in inner.items()})
+    np.testing.assert_allclose(found, _carried_in_numpy(u, before, g), atol=1e-4)
+    if memory == 0:
+        np.testing.assert_allclose(found, 0.0, atol=1e-4)  # plain SGD
+
+
+@pytest.mark.parametrize("nothing", ["direction", "previous", "gradient"])
+def test_what_is_carried_on_is_a_number_where_one_of_the_three_is_zero(nothing):
+    sizes = {"direction": 1.0, "previous": 1.0, "gradient": 1.0} | {nothing: 0.0}
+    inner = dict.fromkeys(("ahead", "down", "across"), 0.0)
+    found = _hold.carried(**{name: _f32(x) for name, x in (sizes | inner).items()})
+    assert float(found) == 0.0
+
+
+def _watched_in_python(losses):
+    """Of the finite ones: running mean, variance, both where the mean was least, and number."""
+    mean, spread, least, least_spread, count = 0.0, 0.0, INF, 0.0, 0
+    for loss in losses:
+        if not math.isfinite(loss):
+            continue
+        mean = _mean(mean, loss, count, 0.95)
+        spread = _mean(spread, (loss - mean) ** 2, count, 0.95)
+        if count >= 20 and mean < least:
+            least, least_spread = mean, spread
+        count += 1
+    return mean, spread, least, least_spread, count
+
+
+@pytest.mark.parametrize("steps", [1, 5, 19, 20, 21, 22, 60])
+@pytest.mark.parametrize("bad", [None, NAN, INF, -INF])
+def test_the_running_loss_is_that_of_a_loop_over_the_finite_ones(steps, bad):
+    losses = 3.0 - 0.02 * np.arange(steps) + np.random.default_rng(steps).normal(size=steps)
+    losses = [_clamp(loss, 0.1, 10) for loss in losses]
+    if bad is not None:
+        losses[steps // 2] = bad
+    progress = _hold.begin()
+    watch = jax.jit(_hold.watch)
+    for loss in losses:
+        progress = watch(progress, _f32(loss))
+    fields = ("loss", "spread", "least", "least_spread", "losses")
+    found = [float(getattr(progress, field)) for field in fields]
+    _close(found, _watched_in_python(losses), rtol=1e-4, atol=1e-6)
+
+
+def _looked_in_python(known, seen, carry, finding):
+    """The averages after one look; `known` has same, slope, curvature, looks, carry."""
+    same, slope = seen["same"] / seen["taken"], seen["slope"] / seen["taken"]
+    curvature = seen["curvature"] / seen["taken"] ** 2
+    size = max(same if known["looks"] == 0 else known["same"], 1e-30)
+
+    def mean(name, new, decay):
+        return _mean(known[name], new, known["looks"], decay if finding else 0.95)
+
+    return {
+        "same": mean("same", _clamp(same, -size, 3 * size), 0.9),
+        "slope": mean("slope", _clamp(slope, -3 * size, 3 * size), 0.9),
+        "curvature": mean(
+            "curvature", _clamp(curvature, -2 * size / seen["taken"], 4 * size / seen["taken"]), 0.7
+        ),
+        "looks": known["looks"] + 1,
+        "carry": _mean(known["carry"], carry, known["looks"], 0.9),
+    }
+
+
+@pytest.mark.parametrize("finding", [True, False])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_looks_are_averaged_as_in_a_loop(finding, scale):
+    rng = np.random.default_rng(3)
+    known = dict.fromkeys(("same", "slope", "curvature", "looks", "carry"), 0.0)
+    progress = _hold.begin()
+    look = jax.jit(_hold.look)
+    for _ in range(30):
+        seen = {
+            "taken": scale * rng.uniform(0.5, 2),
+            "slope": rng.normal(1, 3),
+            "curvature": rng.normal(1, 4),
+            "same": rng.normal(2, 2),
+        }
+        carry = rng.uniform()
+        known = _looked_in_python(known, seen, carry, finding)
+        arguments = _hold.Look(**{name: _f32(x) for name, x in seen.items()})
+        progress = look(progress, arguments, _f32(carry), jnp.asarray(finding))
+        size = max(abs(known["same"]), abs(known["slope"]))
+        for name, value in known.items():
+            unit = {"same": size, "slope": size, "curvature": size / scale}.get(name, 1.0)
+            np.testing.assert_allclose(getattr(progress, name), value, rtol=1e-4, atol=1e-5 * unit)
+
+
+def _ratios_in_python(same, slope, curvature, peak, taken, seen):
+    share = max(slope, 0.1 * max(same, 1e-30))
+    scale = peak if peak > 0 else 1.0
+    return curvature * taken / share / scale, seen / taken / share / scale
+
+
+@pytest.mark.parametrize("peak", [0.0, 0.1, 1.0, 3.0])
+@pytest.mark.parametrize(
+    ("same", "slope", "curvature"),
+    [(2.0, 1.5, 3.0), (2.0, -1.5, 3.0), (2.0, 0.0, -3.0), (0.0, 1.0, 1.0), (2.0, 1.0, 0.0)],
+)
+def test_the_ratios_are_curvature_over_slope(same, slope, curvature, peak):
+    progress = _progress(same=same, slope=slope, curvature=curvature, peak=peak)
+    for taken, seen in ((0.3, 0.7), (1e-4, -0.2)):
+        look = _hold.Look(*map(_f32, (taken, 9.0, seen, 9.0)))
+        found = _hold.ratios(progress, look)
+        _close(found, _ratios_in_python(same, slope, curvature, peak, taken, seen))
+
+
+@pytest.mark.parametrize("carry", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("fresh", [-1.0, 0.0, 0.5, 2.0, 3.0])
+def test_the_goal_goes_from_one_to_the_other_with_memory_and_down_with_noise(fresh, carry):
+    memory, noise = min(2 * carry, 1), _clamp(1 - fresh / 2.0, 0, 1)
+    expected = (1 - memory) * 1.5 + memory * 1.3 * (1 - 0.8 * noise)
+    progress = _progress(carry=carry, same=2.0, slope=fresh)
+    _close(_hold.goal_for(1.5, 1.3, progress), expected)
+
+
+def _wanted_in_python(ratio, goal):
+    return math.log(goal / max(ratio, 1e-6)) if ratio > 0 else 2.0
+
+
+def _found_in_python(average, present, goal):
+    ratio = max(average, min(present, 1.5 * goal))
+    return _clamp(_wanted_in_python(ratio, goal), math.log(0.5), math.log(1.2))
+
+
+def _kept_in_python(average, present, goal, factor, refreshes):
+    ratio = max(average, min(present, goal)) if average < goal else average
+    wanted = _wanted_in_python(ratio, goal)
+    slow = _clamp(wanted, math.log(0.5), math.log(1.3)) / (1 + refreshes / 4)
+    fast = _clamp(wanted - 0.7, 0.0, math.log(1.3))
+    return factor**4 * max(slow, fast)
+
+
+_RATIOS = [-3.0, 0.0, 1e-9, 0.01, 0.6, 1.0, 1.3, 1.6, 2.5, 40.0]
+
+
+@pytest.mark.parametrize("average", _RATIOS)
+@pytest.mark.parametrize("goal", [1.3, 1.5])
+def test_the_rates_are_moved_as_in_plain_python(average, goal):
+    for present in _RATIOS:
+        ratio = _hold.Ratios(_f32(average), _f32(present))
+        expected = _found_in_python(average, present, goal)
+        np.testing.assert_allclose(_hold.find(ratio, _f32(goal)), expected, rtol=1e-4, atol=1e-6)
+        for factor, refreshes in ((1.0, 0.0), (1.0, 12.0), (0.3, 4.0), (-0.5, 4.0), (1.2, 1.0)):
+            found = _hold.keep(ratio, _f32(goal), _f32(factor), _f32(refreshes))
+            expected = _kept_in_python(average, present, goal, factor, refreshes)
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def _guarded_in_python(mean, least, spread, ceiling, behind, ahead, descent, loss, rate):
+    """The factor, the ceiling and the least loss; of losses averaged with 0.95ⁿ, n back."""
+    squares = sum((0.05 * 0.95**n) ** 2 for n in range(2000))
+    strays = mean - least > 5 * math.sqrt(spread * squares)
+    limit, factor = 0.3 * max(abs(loss), abs(mean)), 1.0
+    if not math.isfinite(ahead):
+        factor = 0.1
+    elif ahead > limit:
+        curve = 2 * (ahead + descent)  # of −descent·t + curve·t²/2, `ahead` at t = 1
+        factor = _clamp(descent / curve if curve > 0 else descent, 0.1, 0.5)
+    if strays or behind > limit:
+        factor = min(factor, 0.5)
+    if strays:
+        ceiling, least = min(ceiling, rate / 2), mean
+    return factor, ceiling, least
+
+
+@pytest.mark.parametrize("ahead", [-1.0, 0.0, 0.59, 0.61, 3.0, 1e30, NAN, INF, -INF])
+@pytest.mark.parametrize("behind", [-1.0, 0.59, 0.61, NAN, INF])
+@pytest.mark.parametrize("ceiling", [INF, 0.05, 10.0])
+@pytest.mark.parametrize("least", [INF, 1.0, 1.59, 1.61])
+def test_the_guard_is_that_of_plain_python(ahead, behind, ceiling, least):
+    mean, spread, loss, rate = 2.0, 0.25, 1.0, 0.2
+    progress = _progress(loss=mean, least=least, spread=99.0, least_spread=spread, ceiling=ceiling)
+    for descent in (0.0, 0.2, 2.0, -1.0, -5.0):
+        found = _hold.guard(progress, *map(_f32, (behind, ahead, descent, loss, rate)))
+        factor, top, lowest = _guarded_in_python(
+            mean, least, spread, ceiling, behind, ahead, descent, loss, rate
+        )
+        np.testing.assert_allclose(found.cut, math.log(factor), rtol=1e-4)
+        _close([found.progress.ceiling, found.progress.least], [top, lowest])
+
+
+@pytest.mark.parametrize("losses", [0.0, 4.0, 5.0, 50.0])
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0])
+@pytest.mark.parametrize("loss", [-5.0, 2.0, 2.59, 2.61, 6.9, 7.1, NAN, INF])
+def test_a_loss_far_above_the_running_one_raises_the_alarm(loss, spread, losses):
+    progress = _progress(loss=2.0, spread=spread, losses=losses)
+    expected = losses >= 5 and loss - 2 > max(0.3 * 2, 5 * math.sqrt(spread))
+    assert bool(_hold.alarmed(progress, _f32(loss))) == expected
+
+
+def _split_in_python(rates, slope, curvature, usable, initial, max_split):
+    gain = [rate * b for rate, b in zip(rates, slope, strict=True)]
+    cost = [rate**2 * a for rate, a in zip(rates, curvature, strict=True)]
+    good = [k for k in range(len(rates)) if usable[k] and gain[k] > 0 and cost[k] > 0]
+    if len(good) < 2:
+        return rates
+    whole = sum(cost[k] for k in good) / sum(gain[k] for k in good)
+    logs = [math.log(rate / at) for rate, at in zip(rates, initial, strict=True)]
+    for k in good:
+        logs[k] += 0.15 * _clamp(math.log(whole / (cost[k] / gain[k])), -1, 1)
+    middle, bound = sum(logs) / len(logs), math.log(max_split)
+    logs = [_clamp(x - middle, -bound, bound) for x in logs]
+    shape = [at * math.exp(x) for at, x in zip(initial, logs, strict=True)]
+    same = math.prod(rate / x for rate, x in zip(rates, shape, strict=True)) ** (1 / len(rates))
+    return [x * same for x in shape]
+
+
+@pytest.mark.parametrize("max_split", [1.0, 1.5, 3.0])
+@pytest.mark.parametrize("seed", range(8))
+def test_the_split_is_that_of_plain_python_and_leaves_the_joint_rate(seed, max_split):
+    rng = np.random.default_rng(seed)
+    size = 2 + seed % 3
+    rates, initial, slope, curvature = np.exp(rng.normal(size=(4, size)))
+    slope *= np.where(rng.uniform(size=size) < 0.2, -1, 1)
+    curvature *= np.where(rng.uniform(size=size) < 0.2, -1, 1)
+    usable = rng.uniform(size=size) < 0.9
+    found = jax.jit(_hold.split, static_argnums=5)(
+        *map(_f32, (rates, slope, curvature)), jnp.asarray(usable), _f32(initial), max_split
+    )
+    expected = _split_in_python(rates, slope, curvature, usable, initial, max_split)
+    _close(found, expected, rtol=1e-4)
+    _close(_hold.joint(found), _hold.joint(_f32(rates)), rtol=1e-4)
+
+
+def test_a_split_moves_the_steeper_curved_group_down_and_never_beyond_its_bound():
+    rates = np.array([0.1, 0.1])
+    split = jax.jit(_hold.split, static_argnums=5)
+    for _ in range(200):
+        rates = split(
+            _f32(rates), _f32([1, 1]), _f32([1, 1e6]), jnp.ones(2, bool), _f32([0.1, 0.1]), 3.0
+        )
+        assert 0.1 / 3.001 <= float(rates[1]) <= 0.1 <= float(rates[0]) <= 0.1 * 3.001
+    _close(rates, [0.3, 0.1 / 3], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"goal": 0.0}, "goal must be finite and > 0, got 0.0"),
+        ({"goal": NAN}, "goal must be finite and > 0, got nan"),
+        ({"carried_goal": INF}, "carried_goal must be finite and > 0, got inf"),
+        ({"split_interval": 0}, "split_interval must be a whole number >= 1, got 0"),
+        ({"split_interval": 2.5}, "split_interval must be a whole number >= 1, got 2.5"),
+        ({"max_split": 0.5}, "max_split must be finite and >= 1, got 0.5"),
+        ({"max_split": INF}, "max_split must be finite and >= 1, got inf"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        hd.hold(**kwargs)
+
+
+# Whatever it is fed.
+
+
+def _fed(params, batch):
+    """A loss that is what the batch says: at the parameters, and wherever else it is evaluated."""
+    total = params["x"] + params["y"][0] + params["y"][1]
+    return batch["offset"] + batch["linear"] * total + batch["square"] * total**2
+
+
+@functools.cache
+def _fed_rule(warmup, slope):
+    tx = hd.hidlr(
+        _fed,
+        {"x": "x", "y": "y"},
+        warmup=warmup,
+        update_interval=1,
+        slope=slope,
+        solver=hd.hold(split_interval=1),
+        schedule=lambda step: jnp.float32([1.0, -0.5, 0.0, 2.0])[step % 4],
+    )
+    return tx, jax.jit(tx.update)
+
+
+@pytest.mark.parametrize(("warmup", "slope"), [(0, "lagged"), (2, "lagged"), (1, "gradient")])
+@given(calls=st.lists(st.lists(_any_float, min_size=9, max_size=9), min_size=1, max_size=5))
+@settings(max_examples=60, deadline=None)
+def test_rates_and_state_stay_finite_and_rates_positive_whatever_is_fed(warmup, slope, calls):
+    tx, update = _fed_rule(warmup, slope)
+    params = {"x": jnp.ones(()), "y": jnp.ones(2)}
+    state = tx.init(params)
+    for value, offset, linear, square, *rest in calls:
+        u, v, g, h, _ = map(_f32, rest)
+        batch = {"offset": _f32(offset), "linear": _f32(linear), "square": _f32(square)}
+        _, state = update(
+            {"x": u, "y": jnp.stack([v, v])},
+            state,
+            params,
+            batch=batch,
+            value=_f32(value),
+            grad={"x": g, "y": jnp.stack([h, g])},
+        )
+        assert all(0 < rate < INF for rate in _rates(state).values())
+        assert all(Kept(int(kept)) in Kept for kept in state.kept.values())
+        rates = np.float32(list(_rates(state).values())) * float(state.schedule_factor)
+        assert np.isfinite(rates).all()
+        for field in ("slope", "curvature", "influence", "measured_slope", "measured_curvature"):
+            assert all(np.isfinite(x) for x in getattr(state, field).values()), field
+        progress = state.progress._replace(least=0, ceiling=0)
+        progress = progress._replace(spread=0, least_spread=0)  # these may be infinite
+        assert all(np.isfinite(leaf) for leaf in jax.tree.leaves(progress)), progress
+
+
+# What a refresh costs.
+
+
+@pytest.mark.parametrize(
+    ("known", "dtype", "slope", "extra"),
+    [
+        ({"value", "grad"}, "float32", "lagged", 0),  # where the last step began
+        ({"grad"}, "float32", "lagged", 1),  # and the loss here
+        ({"value", "grad"}, "bfloat16", "lagged", 1),
+        ({"value", "grad"}, "float32", "gradient", 0),  # where the coming one leads
+        ({"value"}, "float32", None, 1),  # and to the other side
+        (set(), "float32", None, 2),
+    ],
+)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_refresh_costs_one_evaluation_and_one_more_while_rates_are_found(
+    groups, known, dtype, slope, extra
+):
+    def loss_fn(params, batch):
+        return batch + sum(jnp.sum((leaf.astype(jnp.float32) - 1) ** 2) for leaf in params.values())
+
+    counting, calls = counted(loss_fn)
+    params = {f"p{n}": jnp.zeros(2, dtype) for n in range(3)}
+    labels = "all" if groups == 1 else {name: name for name in params}
+    tx = hd.hidlr(counting, labels, slope=slope, warmup=10, solver=hd.hold(split_interval=4))
+    value, grad = jax.value_and_grad(loss_fn)(params, 0.0)
+    free = {name: x for name, x in {"value": value, "grad": grad}.items() if name in known}
+    direction = jax.tree.map(jnp.negative, grad)
+    update = jax.jit(tx.update)
+    state, counts = tx.init(params), []
+    for _ in range(32):
+        before = len(calls)
+        _, state = update(direction, state, params, batch=0.0, **free)
+        jax.effects_barrier()
+        counts.append(len(calls) - before)
+
+    expected, refreshes = [], 0
+    for step in range(32):
+        if step >= 10 and step % 10:
+            expected.append(0)
+            continue
+        # Of several groups, at every fourth refresh: a gradient, or two where no slope is known.
+        alone = (1 if "grad" in known else 2) if groups > 1 and refreshes % 4 == 0 else 0
+        expected.append(1 + extra + (step < 10) + alone)
+        refreshes += 1
+    assert counts == expected
+    assert int(state.refreshes) == refreshes == 13
+
+
+# Types and precision.
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("value_kind", ["float32", "float64"])
+@pytest.mark.parametrize("slope", ["lagged", None])
+def test_a_loss_of_any_precision_beside_a_value_of_another_keeps_the_types_of_the_state(
+    kind, value_kind, slope
+):
+    with enable_x64(True):
+
+        def loss_fn(params, batch):
+            return jnp.sum((params["w"] - 1) ** 2).astype(kind)
+
+        params = {"w": jnp.zeros(3, jnp.float32)}
+        tx = hd.hidlr(loss_fn, "all", slope=slope)
+        update = jax.jit(tx.update)
+        state = tx.init(params)
+        types = [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in jax.tree.leaves(state)]
+        for _ in range(2):
+            _, state = update(
+                {"w": jnp.ones(3, jnp.float32)},
+                state,
+                params,
+                batch=0,
+                value=jnp.asarray(3, value_kind),
+                grad=None if slope is None else {"w": jnp.full(3, -2, jnp.float32)},
+            )
+            now = [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in jax.tree.leaves(state)]
+            assert now == types
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("float32", Kept.NO), ("bfloat16", Kept.UNRESOLVED)])
+def test_a_change_below_the_rounding_of_the_loss_as_it_comes_is_not_resolved(kind, kept):
+    def loss_fn(params, batch):
+        return (1 + 0.002 * params["x"]).astype(kind) + (0 * batch).astype(kind)
+
+    params = {"x": jnp.ones(())}
+    tx = hd.hidlr(loss_fn, "all", slope="gradient", init_learning_rate=0.5, warmup=0)
+    _, state = tx.update(
+        {"x": _f32(-1)},
+        tx.init(params),
+        params,
+        batch=_f32(0),
+        value=_f32(1.002),
+        grad={"x": _f32(0.002)},
+    )
+    assert _kept(state) == {"all": kept}
+
+
+# Runs.
+
+
+def _regression(params, batch):
+    x, y = batch
+    return jnp.mean((jnp.tanh(x @ params["w"]) @ params["v"] + params["b"] - y) ** 2)
+
+
+_LABELS = {"w": "body", "v": "head", "b": "bias"}
+
+
+def _adamw(rate=1.0):
+    return promoting("standard", optax.adamw(rate))
+
+
+def _case(steps):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(steps, 64, 5))
+    y = np.sin(x.sum(axis=2)) + 0.1 * rng.normal(size=(steps, 64))
+    params = {"w": rng.normal(size=(5, 6)) / 2, "v": rng.normal(size=6) / 2, "b": np.zeros(())}
+    return jax.tree.map(_f32, params), (_f32(x), _f32(y))
+
+
+def _trained(tx, params, batches, loss_fn=_regression):
+    """Parameters, the last state, all states without their direction, and losses."""
+
+    @jax.jit
+    def run(params, state):
+        def body(carry, batch):
+            params, state = carry
+            value, grad = jax.value_and_grad(loss_fn)(params, batch)
+            updates, state = tx.update(grad, state, params, batch=batch, value=value, grad=grad)
+            seen = hd.influence.find_state(state)._replace(direction=())
+            return (optax.apply_updates(params, updates), state), (seen, value)
+
+        return jax.lax.scan(body, (params, state), batches)
+
+    (params, state), (states, losses) = run(params, tx.init(params))
+    return params, hd.influence.find_state(state), states, np.asarray(losses)
+
+
+def _assert_alive(params, state):
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    assert all(0 < rate < INF for rate in _rates(state).values())
+    progress = state.progress._replace(least=0.0, ceiling=0.0)
+    assert all(np.isfinite(leaf) for leaf in jax.tree.leaves(progress))
+
+
+@pytest.mark.parametrize("labels", ["all", _LABELS], ids=["one", "three"])
+def test_the_scale_of_the_rates_asked_for_does_not_matter(labels):
+    params, batches = _case(50)
+    found = []
+    for rate in (1e-3, 1e-7, 10.0, None):
+        tx = optax.chain(_adamw(), hd.hidlr(_regression, labels, init_learning_rate=rate))
+        trained, state, _, losses = _trained(tx, params, batches)
+        _assert_alive(trained, state)
+        assert losses[-5:].mean() < losses[0]
+        found.append((trained, _rates(state), losses))
+    exact = labels == "all"
+    for other in found[1:]:
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=0 if exact else 0.05, atol=0),
+            other,
+            found[0],
+        )
+
+
+def test_the_proportions_of_the_rates_asked_for_are_those_of_the_first_step():
+    params, batches = _case(1)
+    asked = {"body": 1e-5, "head": 3e-5, "bias": 2e-5}
+    tx = optax.chain(optax.sgd(1.0), hd.hidlr(_regression, _LABELS, init_learning_rate=asked))
+    moved, state, _, losses = _trained(tx, params, batches)
+    rates = _rates(state)
+    assert rates["head"] == pytest.approx(3 * rates["body"], rel=1e-5)
+    assert rates["bias"] == pytest.approx(2 * rates["body"], rel=1e-5)
+    batch = jax.tree.map(lambda leaf: leaf[0], batches)
+    drop = losses[0] - float(_regression(moved, batch))
+    assert drop == pytest.approx(0.01 * losses[0], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda step: jnp.where(step < 5, 0.0, 1.0),
+        lambda step: jnp.minimum(step / 30, 1.0),
+        lambda step: jnp.where(step % 7 == 3, -0.3, 1.0),
+        lambda step: jnp.where(step > 25, 5.0, 1.0),
+        lambda step: 1.0 - step / 60,
+        lambda step: 0.0,
+    ],
+    ids=["zero at first", "warm-up", "negative at times", "above one", "decay", "zero"],
+)
+@pytest.mark.parametrize("labels", ["all", _LABELS], ids=["one", "three"])
+def test_any_schedule_leaves_a_run_alive_and_is_applied(labels, schedule):
+    params, batches = _case(60)
+    rule = hd.hidlr(_regression, labels, schedule=schedule)
+    trained, state, states, _ = _trained(optax.chain(_adamw(), rule), params, batches)
+    _assert_alive(trained, state)
+    _close(states.schedule_factor, [float(schedule(jnp.int32(step))) for step in range(60)])
+
+
+def test_a_run_at_a_schedule_of_zero_stays_where_it_is_and_says_that_nothing_is_resolved():
+    params, batches = _case(30)
+    tx = optax.chain(optax.sgd(1.0), hd.hidlr(_regression, "all", schedule=lambda step: 0.0))
+    trained, state, _, _ = _trained(tx, params, batches)
+    jax.tree.map(np.testing.assert_array_equal, trained, params)
+    assert _kept(state) == {"all": Kept.UNRESOLVED}
+
+
+@pytest.mark.parametrize("slope", ["lagged", "gradient"])
+def test_a_direction_uphill_is_no_reason_to_move_and_says_so(slope):
+    params, batches = _case(30)
+    tx = optax.chain(optax.sgd(-1.0), hd.hidlr(_regression, "all", slope=slope))
+    trained, state, states, losses = _trained(tx, params, batches)
+    _assert_alive(trained, state)
+    assert losses[-1] < 1e3
+    assert _kept(state) == {"all": Kept.ASCENDS}
+    rates = np.asarray(states.group_learning_rates["all"])
+    assert (np.diff(rates[2:]) <= 0).all()  # only the guard moves them
+
+
+def test_a_loss_that_rises_every_way_lets_the_rates_fall():
+    def cusp(params, batch):
+        return 1 + jnp.abs(params["x"]) * 1e3 + 0 * batch
+
+    params = {"x": jnp.zeros(())}
+    tx = hd.hidlr(cusp, "all")
+    update, state = jax.jit(tx.update), tx.init(params)
+    for _ in range(40):
+        updates, state = update(
+            {"x": _f32(1)}, state, params, batch=_f32(0), value=_f32(1), grad={"x": _f32(-1)}
+        )
+    assert int(state.cuts) > 0
+    assert 0 < abs(float(updates["x"])) < 1e-3
+
+
+@pytest.mark.parametrize("poison", [NAN, INF])
+@pytest.mark.parametrize("when", [1, 7, 30])
+@pytest.mark.parametrize("labels", ["all", _LABELS], ids=["one", "three"])
+def test_a_bad_batch_keeps_the_rates_says_why_and_is_recovered_from(labels, when, poison):
+    params, (x, y) = _case(50)
+    zero_nans = optax.stateless(
+        lambda updates, _: jax.tree.map(lambda u: jnp.where(jnp.isfinite(u), u, 0), updates)
+    )
+    tx = optax.chain(zero_nans, optax.sgd(1.0), hd.hidlr(_regression, labels))
+    trained, state, states, _ = _trained(tx, params, (x, y.at[when].set(poison)))
+    assert all(int(kept[when]) == Kept.NON_FINITE for kept in states.kept.values())
+    for rate in states.group_learning_rates.values():
+        assert rate[when] == rate[when - 1]
+    _assert_alive(trained, state)
+    assert set(_kept(state).values()) == {Kept.NO}
+    assert int(state.refreshes) == 23  # the first twenty, and 20, 30 and 40
+
+
+def test_a_base_optimizer_with_a_rate_of_its_own_trains():
+    params, batches = _case(60)
+    tx = optax.chain(_adamw(1e-3), hd.hidlr(_regression, _LABELS))
+    trained, state, _, losses = _trained(tx, params, batches)
+    _assert_alive(trained, state)
+    assert losses[-5:].mean() < losses[0]
+    assert set(_kept(state).values()) == {Kept.NO}
+
+
+def _ratio_of_groups(rates, curvatures):
+    """q_k of a quadratic along the gradient: half the curvature times the rate, but for noise."""
+    return {name: rates[name] * curvatures[name] for name in rates}
+
+
+@pytest.mark.parametrize("max_split", [1.0, 1.5, 3.0])
+def test_groups_of_different_curvature_end_with_ratios_nearer_to_each_other(max_split):
+    curvatures = {"flat": 0.1, "steep": 10.0}
+
+    def bowl(params, batch):
+        return sum(
+            c * jnp.mean((params[name] - batch[name]) ** 2) for name, c in curvatures.items()
+        )
+
+    rng = np.random.default_rng(0)
+    batches = {name: _f32(rng.normal(size=(400, 8, 20))) for name in curvatures}
+    params = {name: jnp.full(20, 3.0) for name in curvatures}
+    tx = optax.chain(
+        optax.sgd(1.0),
+        hd.hidlr(
+            bowl,
+            {name: name for name in curvatures},
+            update_interval=2,
+            solver=hd.hold(max_split=max_split),
+        ),
+    )
+    trained, state, states, _ = _trained(tx, params, batches, bowl)
+    _assert_alive(trained, state)
+    rates = _rates(state)
+    begun = {name: float(rate[0]) for name, rate in states.group_learning_rates.items()}
+    assert begun["flat"] == pytest.approx(begun["steep"], rel=1e-5)
+    joint = math.sqrt(rates["flat"] * rates["steep"])
+    for rate in rates.values():
+        assert 1 / max_split * 0.999 <= rate / joint <= max_split * 1.001
+    before, after = (
+        abs(math.log(q["steep"] / q["flat"]))
+        for q in (_ratio_of_groups(begun, curvatures), _ratio_of_groups(rates, curvatures))
+    )
+    if max_split == 1.0:
+        assert after == pytest.approx(before, rel=1e-5)
+    else:
+        assert after < before - math.log(max_split)
