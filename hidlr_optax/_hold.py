@@ -28,10 +28,10 @@ _SLOPE_DECAY = 0.9  # of the slopes while the rates are found: they are noisier 
 _LOSS_DECAY = 0.95  # of the running loss
 _GROWTH = 1.2  # the most by which a refresh raises the rates while it finds them
 _RISE = 1.3  # and later
+_HEED = 1.5  # times the goal: as much as one look alone may say while the rates are found
 _FALL = 0.5  # the most by which it lowers them
 _PATIENCE = 4.0  # refreshes after which the hold listens half as much
 _TOO_LOW = 0.7  # log of goal over ratio beyond which the rates rise at once
-_HEED = 1.5  # times the goal: as much as one look alone may say while the rates are found
 _LEAST_SHARE = 0.1  # of S, that F is taken for at least
 _NOISE = 0.8  # how much of the goal a slope that is all noise takes away
 _SPLIT_STEP = 0.15  # part of the way to equal ratios that a split moves the groups
@@ -230,10 +230,23 @@ def goal_for(goal: float, carried_goal: float, progress: Progress) -> jax.Array:
     return goal + (carried_goal * (1 - _NOISE * noise) - goal) * memory
 
 
+def _heeded(ratio: Ratios, most: jax.Array) -> jax.Array:
+    """The averaged ratio, or that of the last look where it is larger, up to `most`.
+
+    On a plateau averages lag behind the curvature at its end, and after a death the loss is flat:
+    no look that has met the goal lets the rates rise.
+    """
+    return jnp.maximum(ratio.average, jnp.minimum(ratio.present, most))
+
+
+def _wanted(ratio: jax.Array, goal: jax.Array) -> jax.Array:
+    return jnp.where(ratio > 0, jnp.log(goal / jnp.maximum(ratio, 1e-6)), 2.0)
+
+
 def find(ratio: Ratios, goal: jax.Array) -> jax.Array:
     """The logarithm of what the rates are multiplied by while they are found."""
-    ratio_ = jnp.maximum(ratio.average, jnp.minimum(ratio.present, _HEED * goal))
-    return jnp.clip(_wanted(ratio_, goal), math.log(_FALL), math.log(_GROWTH))
+    wanted = _wanted(_heeded(ratio, _HEED * goal), goal)
+    return jnp.clip(wanted, math.log(_FALL), math.log(_GROWTH))
 
 
 def keep(ratio: Ratios, goal: jax.Array, factor: jax.Array, refreshes: jax.Array) -> jax.Array:
@@ -245,20 +258,10 @@ def keep(ratio: Ratios, goal: jax.Array, factor: jax.Array, refreshes: jax.Array
       factor: of the schedule.
       refreshes: since the rates were found.
     """
-    # Upwards only as far as the present look agrees: after a death the loss is flat.
-    ratio_ = jnp.where(
-        ratio.average < goal,
-        jnp.maximum(ratio.average, jnp.minimum(ratio.present, goal)),
-        ratio.average,
-    )
-    wanted, weight = _wanted(ratio_, goal), factor**4
+    wanted, weight = _wanted(_heeded(ratio, goal), goal), factor**4
     slow = jnp.clip(wanted, math.log(_FALL), math.log(_RISE)) / (1 + refreshes / _PATIENCE)
     fast = jnp.clip(wanted - _TOO_LOW, 0, math.log(_RISE))
     return weight * jnp.maximum(slow, fast)
-
-
-def _wanted(ratio: jax.Array, goal: jax.Array) -> jax.Array:
-    return jnp.where(ratio > 0, jnp.log(goal / jnp.maximum(ratio, 1e-6)), 2.0)
 
 
 class Verdict(NamedTuple):
@@ -395,7 +398,7 @@ class Hold:
 
 
 def hold(
-    goal: float = 1.5,
+    goal: float = 2.0,
     carried_goal: float = 1.3,
     split_interval: int = 4,
     max_split: float = 3.0,
@@ -424,7 +427,7 @@ def hold(
     Example:
       >>> import hidlr_optax as hd
       >>> hd.hold(max_split=1.0)
-      Hold(goal=1.5, carried_goal=1.3, split_interval=4, max_split=1.0)
+      Hold(goal=2.0, carried_goal=1.3, split_interval=4, max_split=1.0)
     """
     for name, value in (("goal", goal), ("carried_goal", carried_goal)):
         if not 0 < value < math.inf:
