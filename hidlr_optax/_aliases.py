@@ -94,12 +94,12 @@ def hiulr(
 
     Args:
       loss_fn: as in `hidlr`, like all that follow.
-      init_learning_rate: η to begin with; None: found.
+      init_learning_rate: η to begin with, if `warmup` is 0 or there is no `grad`; otherwise found.
       update_interval: Φ.
       schedule: step -> factor.
-      curvature: the estimator.
+      curvature: the estimator; not used by `hold`, which measures one group in any case.
       slope: "lagged", "gradient", "probes" or None.
-      solver: from `coupled` or `diagonal`.
+      solver: from `hold`, `coupled` or `diagonal`.
       warmup: how many first updates.
       lagged_dtype: the dtype of the direction that "lagged" stores.
 

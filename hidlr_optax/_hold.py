@@ -6,10 +6,9 @@ by the gradient that is known anyway, that is a parabola along the step: its cur
 C = 2(G − E), G the loss won, and the slope at its start F = E + C. The ratio q = C/F says how far
 the step went: 1 to the minimum of the loss, 2 to where nothing is won.
 
-Tuned runs peak at q of one to one and a half, whatever the model (see docs), so the rule moves the
-rates until q meets its goal: fast in the first steps, then ever less, as a stochastic approximation
-does. A schedule makes q smaller, and is not followed: it weighs in with the fourth power of its
-factor.
+Runs with tuned rates peak between, so the rule moves the rates until q meets a goal there: fast in
+the first steps, then ever less, as a stochastic approximation does. A schedule makes q smaller, and
+is not followed: it weighs in with the fourth power of its factor.
 
 All averages are kept per unit of the joint rate x, the geometric mean of the K rates, so that they
 need no rescaling when x moves.

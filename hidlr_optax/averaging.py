@@ -73,7 +73,7 @@ def accumulate(average: Average, params: Any, gamma: float = 8.0) -> Average:
     """
     if gamma < 0:
         raise ValueError(f"gamma must be >= 0, got {gamma}")
-    weight = (gamma + 1) / (average.count + 1 + gamma)
+    weight = (gamma + 1) / (average.count.astype(jnp.float32) + (1 + gamma))
 
     def moved(mean: jax.Array, new: Any) -> jax.Array:
         if not jnp.issubdtype(mean.dtype, jnp.inexact):

@@ -104,6 +104,7 @@ class Probes:
         """
         if self.design == "gaussian":
             return rates
+        rates = jnp.abs(rates)  # axis probes lie to either side
         size = jnp.abs(value).astype(jnp.float32)
         unknown = rates
         if slope is not None:
@@ -150,7 +151,6 @@ class Probes:
         del batch
         if value is None:
             value = loss(groups.step(params, direction, jnp.zeros_like(rates)))
-        rates = jnp.abs(rates)  # probes lie to either side
         unit = rates if expected is None else self.reach(rates, slope, value, expected)
         points = self.points(len(groups), step)
         offsets = points * unit

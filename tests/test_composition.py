@@ -524,7 +524,8 @@ def test_vmap_over_runs_equals_each_run(rule):
     for n, (one, its_batches) in enumerate(runs):
         expected = _run(_network_step(rule), one, tx.init(one), its_batches)
         actual = jax.tree.map(lambda leaf, n=n: leaf[n], (params, state))
-        _assert_all_close(actual, expected, rtol=1e-3, atol=1e-5)
+        # A curvature along the whole step is a difference of losses: it multiplies their rounding.
+        _assert_all_close(actual, expected, rtol=1e-3 if rule is _hidlr else 1e-2, atol=1e-5)
 
 
 @_plain_and_default

@@ -148,7 +148,7 @@ def test_the_secant_of_a_network_is_its_hessian_to_first_order(known):
         groups = Groups.of(_PARTS, params)
         slope, matrix = _along(lambda p: _mlp(p, batch), params, direction, groups)
         errors = []
-        for scale in (0.04, 0.01):
+        for scale in (0.02, 0.005):
             rates = scale * _RATES
             measured = hd.secant().estimate(
                 lambda p: _mlp(p, batch),
@@ -159,8 +159,9 @@ def test_the_secant_of_a_network_is_its_hessian_to_first_order(known):
                 slope=slope if known else None,
             )
             exact = np.asarray(matrix) @ np.asarray(rates, float) / np.asarray(rates, float)
-            errors.append(np.abs(measured.quadratic.curvature - exact).max() / np.abs(exact).max())
-        assert errors[1] < 0.02
+            found = np.asarray(measured.quadratic.curvature, float)
+            errors.append(np.abs(found - exact).max() / np.abs(exact).max())
+        assert errors[1] < 0.05
         assert 3 < errors[0] / errors[1] < 5  # a quarter of the step, a quarter of the error
 
 
