@@ -35,7 +35,8 @@ _LEAST_SHARE = 0.1  # of S, that F is taken for at least
 _NOISE = 0.8  # how much of the goal a slope that is all noise takes away
 _SPLIT_STEP = 0.15  # part of the way to equal ratios that a split moves the groups
 _START = 1e-2  # of the loss: what the first step, by its slope alone, is to change it by
-_STRAY = 5.0  # standard errors of the running loss above its least, from where it strays
+_STRAY = 4.0  # standard errors of the running loss above its least, from where it strays
+_ALARM = 4.0  # standard deviations of the loss above the running one that call for a look
 _JUMP = 0.3  # of the loss: a rise by more than this, where the coming step leads, halves the rates
 RESOLUTION = 16.0  # units in the last place of the loss: what is smaller is rounding
 
@@ -277,9 +278,9 @@ class Verdict(NamedTuple):
 
 def alarmed(progress: Progress, loss: jax.Array) -> jax.Array:
     """Whether a loss lies so far above the running one that the rates have to be looked at now."""
-    error = _STRAY * jnp.sqrt(progress.spread)
+    error = _ALARM * jnp.sqrt(progress.spread)
     above = loss - progress.loss > jnp.maximum(_JUMP * jnp.abs(progress.loss), error)
-    return above & (progress.losses >= _STRAY)
+    return above & (progress.losses >= _ALARM)
 
 
 def guard(
@@ -295,7 +296,7 @@ def guard(
     A coming step that raises the loss by more than 30 %: to the minimum of the parabola through its
     slope and that loss, within a tenth and a half; one after which the loss is not finite: a tenth.
     A last step that has done so on a batch that it has not seen: a half. Where the running loss of
-    such batches lies above its least by five times its standard error, a half, and the rates never
+    such batches lies above its least by four times its standard error, a half, and the rates never
     rise above that again.
 
     Args:

@@ -255,7 +255,7 @@ def test_the_rates_are_moved_as_in_plain_python(average, goal):
 def _guarded_in_python(mean, least, spread, ceiling, behind, ahead, descent, loss, rate):
     """The factor, the ceiling and the least loss; of losses averaged with 0.95ⁿ, n back."""
     squares = sum((0.05 * 0.95**n) ** 2 for n in range(2000))
-    strays = mean - least > 5 * math.sqrt(spread * squares)
+    strays = mean - least > 4 * math.sqrt(spread * squares)
     limit, factor = 0.3 * max(abs(loss), abs(mean)), 1.0
     if not math.isfinite(ahead):
         factor = 0.1
@@ -290,7 +290,7 @@ def test_the_guard_is_that_of_plain_python(ahead, behind, ceiling, least):
 @pytest.mark.parametrize("loss", [-5.0, 2.0, 2.59, 2.61, 6.9, 7.1, NAN, INF])
 def test_a_loss_far_above_the_running_one_raises_the_alarm(loss, spread, losses):
     progress = _progress(loss=2.0, spread=spread, losses=losses)
-    expected = losses >= 5 and loss - 2 > max(0.3 * 2, 5 * math.sqrt(spread))
+    expected = losses >= 4 and loss - 2 > max(0.3 * 2, 4 * math.sqrt(spread))
     assert bool(_hold.alarmed(progress, _f32(loss))) == expected
 
 
