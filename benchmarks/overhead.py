@@ -132,7 +132,9 @@ def measure(config: Config, params: Any, batch: Any, repeats: int, steps: int) -
 
 def flops(fn: Any, *args: Any) -> float:
     """XLA's own count."""
-    return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
+    analysis = jax.jit(fn).lower(*args).compile().cost_analysis()
+    assert analysis is not None
+    return analysis["flops"]
 
 
 def default_cost(groups: int, params: Any, batch: Any, steps: int = 1000) -> float:
