@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import hidlr_optax as hd
+
 SMOOTHING = 0.9
 LEAST_FIT = 0.99  # R² under which a fit is thrown away
 CLAMP = 10.0  # how far from the current rate the minimum of a fit may lie
@@ -89,33 +91,25 @@ def last(state: Any, params: Any) -> Any:
     return params
 
 
-class AverageState(NamedTuple):
-    """Steps so far and the average of the parameters."""
+def keeping_average(tx: Any) -> optax.GradientTransformationExtraArgs:
+    """A transformation that keeps the average of the parameters beside its own state."""
+    tx = optax.with_extra_args_support(tx)
 
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    average: Any
+    def init(params: Any) -> Any:
+        return tx.init(params), hd.averaging.start(params)
 
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        inner, average = state
+        updates, inner = tx.update(updates, inner, params, **extra)
+        after = optax.apply_updates(params, updates)
+        return updates, (inner, hd.averaging.accumulate(average, after))
 
-def polynomial_average(gamma: float = 8.0) -> optax.GradientTransformation:
-    """x̄ ← (1 − c) x̄ + c x, c = (1 + γ)/(t + γ) at step t = 1, 2, …: last in a chain."""
-
-    def init(params: Any) -> AverageState:
-        return AverageState(jnp.zeros((), jnp.int32), params)
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AverageState]:
-        count = state.count + 1
-        share = (1 + gamma) / (count + gamma)
-        average = jax.tree.map(
-            lambda a, w, u: (1 - share) * a + share * (w + u), state.average, params, updates
-        )
-        return updates, AverageState(count, average)
-
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _averaged(state: Any, params: Any) -> Any:
     del params
-    return state[-1].average
+    return state[-1].params
 
 
 def _rival(
@@ -140,9 +134,7 @@ OTHERS: dict[str, Rival] = {
     "D-Adaptation, cosine": _rival(lambda steps: optax.contrib.dadapt_adamw(_cosine(steps))),
     # reps_rel 1e-6, "must be combined with iterate averaging", γ = 8: formll/dog, README and code.
     "DoG": _rival(
-        lambda steps: optax.chain(
-            optax.contrib.dog(1.0, init_step=("heuristic", 1e-6)), polynomial_average()
-        ),
+        lambda steps: keeping_average(optax.contrib.dog(1.0, init_step=("heuristic", 1e-6))),
         _averaged,
     ),
     # lr 0.0025 is the default of facebookresearch/schedule_free, whose README recommends a warm-up.

@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from rivals import OTHERS, gen_hidlr
+from rivals import OTHERS, gen_hidlr, keeping_average
 from store import Job, Store, identity, shard
 from workloads import WORKLOADS, Workload, plain, train
 
@@ -161,21 +161,6 @@ ABLATIONS: dict[str, Method] = {
     for schedule in ("cosine", None)
 }
 AVERAGED = "averaged "  # prefix of the losses of averaged parameters, in a row beside the others
-
-
-def keeping_average(tx: Any) -> optax.GradientTransformationExtraArgs:
-    """A transformation that keeps the average of the parameters beside its own state."""
-
-    def init(params: Any) -> Any:
-        return tx.init(params), hd.averaging.start(params)
-
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        inner, average = state
-        updates, inner = tx.update(updates, inner, params, **extra)
-        after = optax.apply_updates(params, updates)
-        return updates, (inner, hd.averaging.accumulate(average, after))
-
-    return optax.GradientTransformationExtraArgs(init, update)
 
 
 @functools.cache

@@ -310,8 +310,7 @@ def guard(
     limit = _JUMP * jnp.maximum(jnp.abs(loss), jnp.abs(progress.loss))
     curve = 2 * (ahead + descent)
     best = jnp.clip(descent / jnp.where(curve > 0, curve, 1), 0.1, _FALL)
-    kept = jnp.where(ahead > limit, jnp.where(jnp.isfinite(ahead), best, 0.1), 1.0)
-    kept = jnp.where(jnp.isfinite(ahead), kept, 0.1)
+    kept = jnp.where(jnp.isfinite(ahead), jnp.where(ahead > limit, best, 1.0), 0.1)
     error = jnp.sqrt(progress.least_spread * (1 - _LOSS_DECAY) / (1 + _LOSS_DECAY))
     strays = progress.loss - progress.least > _STRAY * error
     kept = jnp.where((behind > limit) | strays, jnp.minimum(kept, _FALL), kept)
