@@ -32,6 +32,7 @@ _FALL = 0.5  # the most by which it lowers them
 _PATIENCE = 4.0  # refreshes after which the hold listens half as much
 _TOO_LOW = 0.7  # log of goal over ratio beyond which the rates rise at once
 _LEAST_SHARE = 0.1  # of S, that F is taken for at least
+_TURN = 4.0  # a cosine of less than 1 − 1/4 with the gradient is preconditioned altogether
 _NOISE = 0.8  # how much of the goal a slope that is all noise takes away
 _SPLIT_STEP = 0.15  # part of the way to equal ratios that a split moves the groups
 _START = 1e-2  # of the loss: what the first step, by its slope alone, is to change it by
@@ -49,8 +50,8 @@ class Progress(NamedTuple):
       slope: F, averaged.
       curvature: C, averaged.
       looks: how many refreshes the averages hold.
-      carry: how much of a direction is the one before it carried on, averaged; 0 with plain SGD,
-        near 0.9 with Adam and momentum.
+      preconditioned: whether the direction is more than a running sum of gradients, averaged; 0
+        with SGD and momentum, 1 with Adam and Lion.
       ratio: q at the last refresh.
       goal: what q is moved to.
       loss: the running loss.
@@ -66,7 +67,7 @@ class Progress(NamedTuple):
     slope: jax.Array
     curvature: jax.Array
     looks: jax.Array
-    carry: jax.Array
+    preconditioned: jax.Array
     ratio: jax.Array
     goal: jax.Array
     loss: jax.Array
@@ -128,7 +129,7 @@ def decay_of(finding: jax.Array) -> jax.Array:
     return jnp.where(finding, _FIND_DECAY, _HOLD_DECAY)
 
 
-def carried(
+def preconditioned(
     direction: jax.Array,
     previous: jax.Array,
     gradient: jax.Array,
@@ -136,15 +137,15 @@ def carried(
     down: jax.Array,
     across: jax.Array,
 ) -> jax.Array:
-    """How much of a direction u is the one before it, u′, once the gradient g is accounted for.
+    """How far a direction u is from a running sum of gradients: 0 for SGD and momentum, up to 1.
 
-    The coefficient of u′/‖u′‖ in the least-squares fit of u/‖u‖ by it and g/‖g‖. With plain SGD u
-    is a multiple of g, and it is 0 whatever u′ was; the cosine of u and u′ would be high where
-    gradients barely change.
+    What u does not carry on from the direction u′ before it (the residual of a least-squares fit of
+    u/‖u‖ by u′/‖u′‖ beside g/‖g‖) is −g for SGD with or without momentum. Adam and Lion turn it
+    away, since they weigh coordinates. 1 from a cosine of 3/4 on.
 
     Args:
       direction: ‖u‖².
-      previous: ‖u′‖².
+      previous: ‖u′‖², or 0 where that is not known.
       gradient: ‖g‖².
       ahead: ⟨u, u′⟩.
       down: ⟨u, g⟩.
@@ -157,7 +158,10 @@ def carried(
 
     ahead, down = cosine(ahead, direction, previous), cosine(down, direction, gradient)
     across = cosine(across, previous, gradient)
-    return jnp.clip((ahead - down * across) / (1 - across**2 + 1e-4), 0, 1)
+    carried = jnp.clip((ahead - down * across) / (1 - across**2 + 1e-4), 0, 1)
+    left = jnp.maximum(1 - 2 * carried * ahead + carried**2, 0)  # squared norm of the residual
+    straight = (carried * across - down) / jnp.sqrt(left + 1e-6)
+    return jnp.clip(_TURN * (1 - straight), 0, 1)
 
 
 def watch(progress: Progress, loss: jax.Array) -> Progress:
@@ -177,7 +181,7 @@ def watch(progress: Progress, loss: jax.Array) -> Progress:
     return jax.tree.map(lambda new, old: jnp.where(usable, new, old), seen, progress)
 
 
-def look(progress: Progress, seen: Look, carry: jax.Array, finding: jax.Array) -> Progress:
+def look(progress: Progress, seen: Look, preconditioned: jax.Array, finding: jax.Array) -> Progress:
     """Averages in one look, each part bounded by a few times what is known so far."""
     unit = jnp.maximum(seen.taken, _TINY)
     same, slope, curvature = seen.same / unit, seen.slope / unit, seen.curvature / unit**2
@@ -194,7 +198,9 @@ def look(progress: Progress, seen: Look, carry: jax.Array, finding: jax.Array) -
             decay,
         ),
         looks=count + 1,
-        carry=averaged(progress.carry, carry, count, jnp.float32(0.9)),
+        preconditioned=averaged(
+            progress.preconditioned, preconditioned, count, jnp.float32(_SLOPE_DECAY)
+        ),
     )
 
 
@@ -218,16 +224,17 @@ def ratios(progress: Progress, seen: Look) -> Ratios:
     return Ratios(average / peak, present / peak)
 
 
-def goal_for(goal: float, carried_goal: float, progress: Progress) -> jax.Array:
-    """What q is moved to: less for directions with memory, and far less where that holds noise.
+def goal_for(goal: float, preconditioned_goal: float, progress: Progress) -> jax.Array:
+    """What q is moved to: less for preconditioned directions, and far less where they hold noise.
 
-    From `goal` without memory to `carried_goal` with much of it. A direction that is carried on
-    carries its noise on too, and pays for it many times over. The share of noise in the slope is
-    ν = 1 − F/S: what the batch that made the step sees, and the next does not.
+    A running sum of gradients shrinks as they do, and bears rates up to break-even. A direction
+    that weighs coordinates by the size of their gradients stays as long as it was, more and more of
+    it noise. The share of noise in the slope is ν = 1 − F/S: what the batch that made the step
+    sees, and the next does not.
     """
-    memory = jnp.minimum(2 * progress.carry, 1)
     noise = jnp.clip(1 - progress.slope / jnp.maximum(progress.same, _TINY), 0, 1)
-    return goal + (carried_goal * (1 - _NOISE * noise) - goal) * memory
+    lower = preconditioned_goal * (1 - _NOISE * noise)
+    return goal + (lower - goal) * progress.preconditioned
 
 
 def _heeded(ratio: Ratios, most: jax.Array) -> jax.Array:
@@ -332,11 +339,14 @@ def split(
     """Moves the groups a little towards equal ratios q_k, their joint rate unchanged: (K,) rates.
 
     log η_k += 0.15 log(q/q_k), less its mean, and within a factor `max_split` of the proportions
-    that the rates began with.
+    that the rates began with. Here q_k = C_k/S_k, by slopes on the batch that made the direction:
+    of plain SGD that is η_k times the curvature along the gradient, what the group can bear. By
+    slopes of another batch, a group that has come far gets ever smaller rates, and stays behind
+    when the others have come as far.
 
     Args:
       rates: η, (K,).
-      slope: b_k, (K,), loss per unit of the group's rate.
+      slope: S_k, (K,), loss per unit of the group's rate, on the batch that made the direction.
       curvature: (Aη)_k/η_k, (K,).
       usable: (K,) bool, the groups whose numbers can be trusted.
       initial: (K,), in proportion to the rates at the beginning.
@@ -362,14 +372,14 @@ class Hold:
     """The solver made by `hold`.
 
     Attributes:
-      goal: of the ratio, for directions without memory.
-      carried_goal: of the ratio, for directions that carry the previous one on.
+      goal: of the ratio, for running sums of gradients.
+      preconditioned_goal: of the ratio, for all other directions.
       split_interval: refreshes from one measurement of the single groups to the next.
       max_split: how far a group's rate may move away from the joint one.
     """
 
     goal: float
-    carried_goal: float
+    preconditioned_goal: float
     split_interval: int
     max_split: float
 
@@ -391,14 +401,14 @@ class Hold:
           refreshes: since they were.
         """
         ratio = ratios(progress, seen)
-        goal = goal_for(self.goal, self.carried_goal, progress)
+        goal = goal_for(self.goal, self.preconditioned_goal, progress)
         change = jnp.where(finding, find(ratio, goal), keep(ratio, goal, factor, refreshes))
         return change, progress._replace(ratio=ratio.average, goal=goal)
 
 
 def hold(
     goal: float = 2.0,
-    carried_goal: float = 1.3,
+    preconditioned_goal: float = 1.3,
     split_interval: int = 4,
     max_split: float = 3.0,
 ) -> Hold:
@@ -407,13 +417,13 @@ def hold(
     The rates move until the ratio q = C/F of the last step meets its goal: C the curvature along
     it, F the slope at its start, both by one forward pass on a batch that the step has not seen. q
     is 1 where the step leads to the minimum of the loss, 2 where it wins nothing. Tuned runs peak
-    between. A direction that carries the previous one on (Adam, momentum) goes further than the
-    step that is seen, so its goal is lower. The groups share one joint rate, and move away from it
-    slowly, until their ratios are alike.
+    between. Directions that do not shrink with the gradient (Adam, Lion) have a lower goal than
+    those that do (SGD, momentum). The groups share one joint rate, and move away from it slowly,
+    until their steps go equally far for their curvatures.
 
     Args:
-      goal: of q where the direction has no memory (plain SGD), > 0.
-      carried_goal: of q where most of the direction is the one before it, > 0.
+      goal: of q where the direction is a running sum of gradients (SGD, momentum), > 0.
+      preconditioned_goal: of q for all others, > 0; lowered further by noise.
       split_interval: refreshes from one measurement of the single groups to the next, ≥ 1.
       max_split: the largest factor between a group's rate and the joint one, ≥ 1. 1: one rate.
 
@@ -426,13 +436,13 @@ def hold(
     Example:
       >>> import hidlr_optax as hd
       >>> hd.hold(max_split=1.0)
-      Hold(goal=2.0, carried_goal=1.3, split_interval=4, max_split=1.0)
+      Hold(goal=2.0, preconditioned_goal=1.3, split_interval=4, max_split=1.0)
     """
-    for name, value in (("goal", goal), ("carried_goal", carried_goal)):
+    for name, value in (("goal", goal), ("preconditioned_goal", preconditioned_goal)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be finite and > 0, got {value}")
     if split_interval < 1 or split_interval != int(split_interval):
         raise ValueError(f"split_interval must be a whole number >= 1, got {split_interval}")
     if not 1 <= max_split < math.inf:
         raise ValueError(f"max_split must be finite and >= 1, got {max_split}")
-    return Hold(goal, carried_goal, split_interval, max_split)
+    return Hold(goal, preconditioned_goal, split_interval, max_split)

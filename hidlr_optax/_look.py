@@ -19,12 +19,12 @@ from hidlr_optax._hold import (
     Look,
     alarmed,
     averaged,
-    carried,
     decay_of,
     first_rates,
     guard,
     joint,
     look,
+    preconditioned,
     split,
     watch,
 )
@@ -119,6 +119,7 @@ class Measured(NamedTuple):
       step: which one.
       slope: b, (K,), at its start.
       curvature: (Aη)_k/η_k, (K,).
+      same: −⟨∇L_k, u_k⟩ of the coming step on the batch that made it, (K,).
       look: the same of all groups together.
       resolved: () bool, whether the loss changed by more than its rounding.
       is_split: () bool, whether the curvatures of the groups were measured one by one.
@@ -128,6 +129,7 @@ class Measured(NamedTuple):
     step: Step
     slope: jax.Array
     curvature: jax.Array
+    same: jax.Array
     look: Look
     resolved: jax.Array
     is_split: jax.Array
@@ -173,9 +175,9 @@ def _refreshed(state: HiDLRState, call: Call, rule: Rule) -> HiDLRState:
     moved = rates * jnp.exp(change)
     apart = split(
         moved,
-        groups.pack(state.slope),
+        measured.same,
         measured.curvature,
-        jnp.isfinite(measured.curvature),
+        jnp.isfinite(measured.curvature) & jnp.isfinite(measured.same),
         rule.initial,
         rule.solver.max_split,
     )
@@ -214,7 +216,7 @@ def _moved(
     """Averages in what was measured; with the logarithm of what the rates are multiplied by."""
     seen = measured.look
     finite = jnp.isfinite(seen.slope) & jnp.isfinite(seen.curvature) & jnp.isfinite(seen.same)
-    new = look(state.progress, seen, _carry(call, measured), rule.finding)
+    new = look(state.progress, seen, _preconditioned(call, measured), rule.finding)
     bounded = jnp.isfinite(new.slope) & jnp.isfinite(new.curvature) & jnp.isfinite(new.same)
     usable = finite & bounded & measured.resolved & (seen.taken > 0)
     progress = jax.tree.map(lambda new, old: jnp.where(usable, new, old), new, state.progress)
@@ -235,18 +237,21 @@ def _moved(
     return state._replace(kept=call.groups.unpack(statuses)), change
 
 
-def _carry(call: Call, measured: Measured) -> jax.Array:
-    """How much of the coming direction is the one before it; 0 where that is not kept."""
-    if call.previous is None or call.grad is None:
+def _preconditioned(call: Call, measured: Measured) -> jax.Array:
+    """How far the coming direction is from a running sum of gradients; 0 where none is known."""
+    if call.grad is None:
         return jnp.zeros((), jnp.float32)
-    before, updates, grad = measured.step.direction, call.updates, call.grad
-    return carried(
+    updates, grad = call.updates, call.grad
+    nothing = jnp.zeros((), jnp.float32)
+    known = call.previous is not None
+    before = measured.step.direction
+    return preconditioned(
         direction=call.inner(updates, updates),
-        previous=call.inner(before, before),
+        previous=call.inner(before, before) if known else nothing,
         gradient=call.inner(grad, grad),
-        ahead=call.inner(updates, before),
+        ahead=call.inner(updates, before) if known else nothing,
         down=call.inner(updates, grad),
-        across=call.inner(before, grad),
+        across=call.inner(before, grad) if known else nothing,
     )
 
 
@@ -320,6 +325,7 @@ def _measure(
         step=step,
         slope=step.slope + each * step.taken if ends else step.slope,
         curvature=each,
+        same=same,
         look=look_,
         resolved=largest > eps * jnp.abs(value).astype(jnp.float32),
         is_split=is_split & jnp.isfinite(probe),

@@ -81,20 +81,16 @@ def test_the_first_rates_do_not_depend_on_the_scale_of_the_shape_to_the_last_bit
             np.testing.assert_array_equal(other, found[0])
 
 
-def _carried_in_numpy(u, before, g):
-    """Least squares by the normal equations, a ten-thousandth of a ridge on what g leaves over."""
-    unit = [x / np.linalg.norm(x) if np.any(x) else x * 0.0 for x in (u, before, g)]
-    u, before, g = unit
+def _preconditioned_in_numpy(u, before, g):
+    """By the residual of least squares, a ten-thousandth of a ridge on what g leaves over."""
+    u, before, g = (x / np.linalg.norm(x) if np.any(x) else x * 0.0 for x in (u, before, g))
     left = before - (before @ g) * g  # of u′, orthogonal to g
-    return _clamp((u @ left) / (1 - (before @ g) ** 2 + 1e-4), 0.0, 1.0)
+    carried = _clamp((u @ left) / (1 - (before @ g) ** 2 + 1e-4), 0.0, 1.0)
+    residual = u - carried * before
+    return _clamp(4 * (1 + residual @ g / math.sqrt(residual @ residual + 1e-6)), 0.0, 1.0)
 
 
-@pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("memory", [0.0, 0.5, 0.9, -0.5])
-def test_what_is_carried_on_is_that_of_least_squares(seed, memory):
-    rng = np.random.default_rng(seed)
-    before, g = rng.normal(size=(2, 7)) * 10.0 ** rng.uniform(-8, 8, size=(2, 1))
-    u = memory * before - (0 if seed == 0 else np.linalg.norm(before) / np.linalg.norm(g)) * g
+def _preconditioned(u, before, g):
     inner = {
         "direction": u @ u,
         "previous": before @ before,
@@ -103,18 +99,59 @@ def test_what_is_carried_on_is_that_of_least_squares(seed, memory):
         "down": u @ g,
         "across": before @ g,
     }
-    found = _hold.carried(**{name: _f32(value) for name, value in inner.items()})
-    np.testing.assert_allclose(found, _carried_in_numpy(u, before, g), atol=1e-4)
-    if memory == 0:
-        np.testing.assert_allclose(found, 0.0, atol=1e-4)  # plain SGD
+    return float(_hold.preconditioned(**{name: _f32(value) for name, value in inner.items()}))
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("turn", [0.0, 0.3, 3.0])
+@pytest.mark.parametrize("memory", [0.0, 0.5, 0.9, -0.5])
+def test_what_is_preconditioned_is_told_by_the_residual_of_least_squares(seed, turn, memory):
+    rng = np.random.default_rng(seed)
+    before, g = rng.normal(size=(2, 50))
+    new = -g + turn * rng.normal(size=50)
+    sizes = 10.0 ** rng.uniform(-8, 8, size=3)
+    u, before, g = (memory * before + new) * sizes[0], before * sizes[1], g * sizes[2]
+    found = _preconditioned(u, before, g)
+    np.testing.assert_allclose(found, _preconditioned_in_numpy(u, before, g), atol=1e-3)
+    if turn == 3.0:
+        assert found == 1.0
+    if turn == 0.0 and memory >= 0:
+        assert found < 0.01
+
+
+@pytest.mark.parametrize(
+    ("direction", "expected"),
+    [
+        (lambda: optax.sgd(1.0), 0.0),
+        (lambda: optax.sgd(1.0, momentum=0.9), 0.0),
+        (lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0, momentum=0.95)), 0.0),
+        (lambda: optax.adamw(1.0), 1.0),
+        (lambda: optax.lion(1.0), 1.0),
+        (lambda: optax.rmsprop(1.0), 1.0),
+        (lambda: optax.sign_sgd(1.0), 1.0),
+    ],
+)
+def test_sgd_and_momentum_are_sums_of_gradients_and_others_are_preconditioned(direction, expected):
+    rng = np.random.default_rng(0)
+    tx = direction()
+    params = jnp.zeros(2000)
+    scales = np.exp(2 * rng.normal(size=2000))
+    mean = scales * rng.normal(size=2000)
+    state, before, found = tx.init(params), np.zeros(2000), []
+    for _ in range(20):
+        g = _f32(mean + 3 * scales * rng.normal(size=2000))
+        updates, state = tx.update(g, state, params)
+        found.append(_preconditioned(np.asarray(updates), before, np.asarray(g)))
+        before = np.asarray(updates)
+    np.testing.assert_allclose(found[2:], expected, atol=0.05)
 
 
 @pytest.mark.parametrize("nothing", ["direction", "previous", "gradient"])
-def test_what_is_carried_on_is_a_number_where_one_of_the_three_is_zero(nothing):
+def test_what_is_preconditioned_is_a_number_where_one_of_the_three_is_zero(nothing):
     sizes = {"direction": 1.0, "previous": 1.0, "gradient": 1.0} | {nothing: 0.0}
     inner = dict.fromkeys(("ahead", "down", "across"), 0.0)
-    found = _hold.carried(**{name: _f32(x) for name, x in (sizes | inner).items()})
-    assert float(found) == 0.0
+    found = _hold.preconditioned(**{name: _f32(x) for name, x in (sizes | inner).items()})
+    assert float(found) == 1.0  # nothing points along the gradient
 
 
 def _watched_in_python(losses):
@@ -147,8 +184,8 @@ def test_the_running_loss_is_that_of_a_loop_over_the_finite_ones(steps, bad):
     _close(found, _watched_in_python(losses), rtol=1e-4, atol=1e-6)
 
 
-def _looked_in_python(known, seen, carry, finding):
-    """The averages after one look; `known` has same, slope, curvature, looks, carry."""
+def _looked_in_python(known, seen, turned, finding):
+    """The averages after one look; `known` has those and their number."""
     same, slope = seen["same"] / seen["taken"], seen["slope"] / seen["taken"]
     curvature = seen["curvature"] / seen["taken"] ** 2
     size = max(same if known["looks"] == 0 else known["same"], 1e-30)
@@ -163,7 +200,7 @@ def _looked_in_python(known, seen, carry, finding):
             "curvature", _clamp(curvature, -2 * size / seen["taken"], 4 * size / seen["taken"]), 0.7
         ),
         "looks": known["looks"] + 1,
-        "carry": _mean(known["carry"], carry, known["looks"], 0.9),
+        "preconditioned": _mean(known["preconditioned"], turned, known["looks"], 0.9),
     }
 
 
@@ -171,7 +208,7 @@ def _looked_in_python(known, seen, carry, finding):
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
 def test_looks_are_averaged_as_in_a_loop(finding, scale):
     rng = np.random.default_rng(3)
-    known = dict.fromkeys(("same", "slope", "curvature", "looks", "carry"), 0.0)
+    known = dict.fromkeys(("same", "slope", "curvature", "looks", "preconditioned"), 0.0)
     progress = _hold.begin()
     look = jax.jit(_hold.look)
     for _ in range(30):
@@ -181,10 +218,10 @@ def test_looks_are_averaged_as_in_a_loop(finding, scale):
             "curvature": rng.normal(1, 4),
             "same": rng.normal(2, 2),
         }
-        carry = rng.uniform()
-        known = _looked_in_python(known, seen, carry, finding)
+        turned = rng.uniform()
+        known = _looked_in_python(known, seen, turned, finding)
         arguments = _hold.Look(**{name: _f32(x) for name, x in seen.items()})
-        progress = look(progress, arguments, _f32(carry), jnp.asarray(finding))
+        progress = look(progress, arguments, _f32(turned), jnp.asarray(finding))
         size = max(abs(known["same"]), abs(known["slope"]))
         for name, value in known.items():
             unit = {"same": size, "slope": size, "curvature": size / scale}.get(name, 1.0)
@@ -210,12 +247,14 @@ def test_the_ratios_are_curvature_over_slope(same, slope, curvature, peak):
         _close(found, _ratios_in_python(same, slope, curvature, peak, taken, seen))
 
 
-@pytest.mark.parametrize("carry", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("preconditioned", [0.0, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("fresh", [-1.0, 0.0, 0.5, 2.0, 3.0])
-def test_the_goal_goes_from_one_to_the_other_with_memory_and_down_with_noise(fresh, carry):
-    memory, noise = min(2 * carry, 1), _clamp(1 - fresh / 2.0, 0, 1)
-    expected = (1 - memory) * 1.5 + memory * 1.3 * (1 - 0.8 * noise)
-    progress = _progress(carry=carry, same=2.0, slope=fresh)
+def test_the_goal_is_lower_for_preconditioned_directions_and_falls_with_noise(
+    fresh, preconditioned
+):
+    noise = _clamp(1 - fresh / 2.0, 0, 1)
+    expected = (1 - preconditioned) * 1.5 + preconditioned * 1.3 * (1 - 0.8 * noise)
+    progress = _progress(preconditioned=preconditioned, same=2.0, slope=fresh)
     _close(_hold.goal_for(1.5, 1.3, progress), expected)
 
 
@@ -350,7 +389,7 @@ def test_a_split_moves_the_steeper_curved_group_down_and_never_beyond_its_bound(
     [
         ({"goal": 0.0}, "goal must be finite and > 0, got 0.0"),
         ({"goal": NAN}, "goal must be finite and > 0, got nan"),
-        ({"carried_goal": INF}, "carried_goal must be finite and > 0, got inf"),
+        ({"preconditioned_goal": INF}, "preconditioned_goal must be finite and > 0, got inf"),
         ({"split_interval": 0}, "split_interval must be a whole number >= 1, got 0"),
         ({"split_interval": 2.5}, "split_interval must be a whole number >= 1, got 2.5"),
         ({"max_split": 0.5}, "max_split must be finite and >= 1, got 0.5"),
