@@ -133,7 +133,7 @@ def test_what_is_preconditioned_is_told_by_the_residual_of_least_squares(seed, t
 )
 def test_sgd_and_momentum_are_sums_of_gradients_and_others_are_preconditioned(direction, expected):
     rng = np.random.default_rng(0)
-    tx = direction()
+    tx = promoting("standard", direction())
     params = jnp.zeros(2000)
     scales = np.exp(2 * rng.normal(size=2000))
     mean = scales * rng.normal(size=2000)
