@@ -32,11 +32,11 @@ _FALL = 0.5  # the most by which it lowers them
 _PATIENCE = 4.0  # refreshes after which the hold listens half as much
 _TOO_LOW = 0.7  # log of goal over ratio beyond which the rates rise at once
 _LEAST_SHARE = 0.1  # of S, that F is taken for at least
-_TURN = 4.0  # a cosine of less than 1 − 1/4 with the gradient is preconditioned altogether
+_TURN = 10.0  # a cosine with the gradient of 1 − 1/10 or less is preconditioned altogether
 _NOISE = 0.8  # how much of the goal a slope that is all noise takes away
 _SPLIT_STEP = 0.15  # part of the way to equal ratios that a split moves the groups
 _START = 1e-2  # of the loss: what the first step, by its slope alone, is to change it by
-_STRAY = 4.0  # standard errors of the running loss above its least, from where it strays
+_STRAY = 3.0  # standard errors of the running loss above its least, from where it strays
 _ALARM = 4.0  # standard deviations of the loss above the running one that call for a look
 _JUMP = 0.3  # of the loss: a rise by more than this, where the coming step leads, halves the rates
 RESOLUTION = 16.0  # units in the last place of the loss: what is smaller is rounding
@@ -61,6 +61,8 @@ class Progress(NamedTuple):
       losses: how many losses the running loss holds.
       ceiling: the joint rate that the guard allows.
       peak: the largest factor of the schedule so far.
+      found: 1 where q met its goal at the last refresh, and ever after the rates were found.
+      held: refreshes since then.
     """
 
     same: jax.Array
@@ -77,6 +79,8 @@ class Progress(NamedTuple):
     losses: jax.Array
     ceiling: jax.Array
     peak: jax.Array
+    found: jax.Array
+    held: jax.Array
 
 
 def begin() -> Progress:
@@ -303,7 +307,7 @@ def guard(
     A coming step that raises the loss by more than 30 %: to the minimum of the parabola through its
     slope and that loss, within a tenth and a half; one after which the loss is not finite: a tenth.
     A last step that has done so on a batch that it has not seen: a half. Where the running loss of
-    such batches lies above its least by four times its standard error, a half, and the rates never
+    such batches lies above its least by three times its standard error, a half, and the rates never
     rise above that again.
 
     Args:
@@ -389,7 +393,6 @@ class Hold:
         seen: Look,
         factor: jax.Array,
         finding: jax.Array,
-        refreshes: jax.Array,
     ) -> tuple[jax.Array, Progress]:
         """The logarithm of what the rates are multiplied by, before the guard.
 
@@ -398,12 +401,16 @@ class Hold:
           seen: the look.
           factor: of the schedule.
           finding: whether the rates are still to be found.
-          refreshes: since they were.
         """
         ratio = ratios(progress, seen)
         goal = goal_for(self.goal, self.preconditioned_goal, progress)
-        change = jnp.where(finding, find(ratio, goal), keep(ratio, goal, factor, refreshes))
-        return change, progress._replace(ratio=ratio.average, goal=goal)
+        change = jnp.where(finding, find(ratio, goal), keep(ratio, goal, factor, progress.held))
+        return change, progress._replace(
+            ratio=ratio.average,
+            goal=goal,
+            found=(~finding | (ratio.average >= goal)).astype(jnp.float32),
+            held=progress.held + (~finding).astype(jnp.float32),
+        )
 
 
 def hold(

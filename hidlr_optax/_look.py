@@ -81,7 +81,6 @@ class Rule(NamedTuple):
       allowed: () bool, whether there may be one.
       watching: () bool, whether to look where the coming step leads before it is taken.
       factor: () of the schedule.
-      refreshes: () since the rates were found.
       initial: (K,), the rates that were asked for.
     """
 
@@ -92,7 +91,6 @@ class Rule(NamedTuple):
     allowed: jax.Array
     watching: jax.Array
     factor: jax.Array
-    refreshes: jax.Array
     initial: jax.Array
 
 
@@ -223,9 +221,7 @@ def _moved(
     # From the step that was looked at to one with the present rates.
     unit = joint(rates) * jnp.abs(rule.factor)
     scaled = seen._replace(taken=unit, curvature=seen.curvature * (unit / seen.taken) ** 2)
-    change, progress = rule.solver.change(
-        progress, scaled, rule.factor, rule.finding, rule.refreshes
-    )
+    change, progress = rule.solver.change(progress, scaled, rule.factor, rule.finding)
     ascends = progress.same <= 0
     change = jnp.where(usable & ~ascends & jnp.isfinite(change), change, 0.0)
     state = _averaged(state._replace(progress=progress), measured, usable, call, rule)

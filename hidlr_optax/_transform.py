@@ -200,7 +200,8 @@ def hidlr(
         `grad`, "probes" at others.
       solver: from `hold`, `coupled` or `diagonal`.
       warmup: the number of first updates during which there is a refresh at each and the rates are
-        found. `coupled` and `diagonal` also raise the rates linearly over them. 0: none of this.
+        found; `hold` goes on for as many again as long as its goal is not met. `coupled` and
+        `diagonal` also raise the rates linearly over them. 0: none of this.
       lagged_dtype: the dtype in which "lagged" stores the direction, such as bfloat16; None: its
         own.
 
@@ -309,6 +310,8 @@ def hidlr(
             return _guarded(new, rates, loss, params, updates, at, present, groups, solver.max_rise)
 
         finding = state.count < length
+        if isinstance(solver, Hold):
+            finding |= (state.progress.found == 0) & (state.count < 2 * length)
         due = ((state.count % interval == 0) | finding) & jnp.asarray(refresh)
         factor = jnp.asarray(1.0 if schedule is None else schedule(state.count), jnp.float32)
         if isinstance(solver, Hold):
@@ -321,7 +324,6 @@ def hidlr(
                 allowed=jnp.asarray(refresh),
                 watching=finding,
                 factor=factor,
-                refreshes=(state.count - length) / interval,
                 initial=groups.pack(initial_rates(asked, groups.names)),
             )
             previous = state.direction if slope == "lagged" else None
