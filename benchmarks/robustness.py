@@ -150,8 +150,8 @@ ABLATIONS: dict[str, Method] = {
     f"{name}, {schedule or 'constant'}": Method(factory, schedule)
     for name, factory in {
         "slope of the same batch": _hidlr(slope="gradient"),
-        "goals halved": _hidlr(solver=hd.hold(goal=0.75, preconditioned_goal=0.5)),
-        "goals doubled": _hidlr(solver=hd.hold(goal=3.0, preconditioned_goal=2.0)),
+        "goals halved": _hidlr(solver=hd.hold(goal=1.0, preconditioned_goal=0.65)),
+        "goals doubled": _hidlr(solver=hd.hold(goal=4.0, preconditioned_goal=2.6)),
         "split at every refresh": _hidlr(solver=hd.hold(split_interval=1)),
         "groups up to 10 apart": _hidlr(solver=hd.hold(max_split=10.0)),
         "found in 10 steps": _hidlr(warmup=10),
