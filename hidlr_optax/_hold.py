@@ -35,7 +35,7 @@ _LEAST_SHARE = 0.1  # of S, that F is taken for at least
 _TURN = 10.0  # a cosine with the gradient of 1 − 1/10 or less is preconditioned altogether
 _NOISE = 0.8  # how much of the goal a slope that is all noise takes away
 _SPLIT_STEP = 0.15  # part of the way to equal ratios that a split moves the groups
-_START = 1e-2  # of the loss: what the first step, by its slope alone, is to change it by
+_START = 3e-2  # of the loss: what the first step, by its slope alone, is to change it by
 _STRAY = 3.0  # standard errors of the running loss above its least, from where it strays
 _ALARM = 4.0  # standard deviations of the loss above the running one that call for a look
 _JUMP = 0.3  # of the loss: a rise by more than this, where the coming step leads, halves the rates
@@ -61,8 +61,7 @@ class Progress(NamedTuple):
       losses: how many losses the running loss holds.
       ceiling: the joint rate that the guard allows.
       peak: the largest factor of the schedule so far.
-      found: 1 where q met its goal at the last refresh, and ever after the rates were found.
-      held: refreshes since then.
+      held: refreshes since the rates were found.
     """
 
     same: jax.Array
@@ -79,7 +78,6 @@ class Progress(NamedTuple):
     losses: jax.Array
     ceiling: jax.Array
     peak: jax.Array
-    found: jax.Array
     held: jax.Array
 
 
@@ -113,9 +111,9 @@ def joint(rates: jax.Array) -> jax.Array:
 def first_rates(
     rates: jax.Array, shape: jax.Array, value: jax.Array, slope: jax.Array
 ) -> jax.Array:
-    """(K,) rates in these proportions whose first step changes the loss by a hundredth.
+    """(K,) rates in these proportions whose first step changes the loss by three hundredths.
 
-    By its slopes alone: Σ η_k |b_k| = 0.01 |L|. Where that says nothing, `rates` stay; the shape
+    By its slopes alone: Σ η_k |b_k| = 0.03 |L|. Where that says nothing, `rates` stay; the shape
     takes their place where they are zero.
     """
     parts = shape / jnp.max(shape)  # the same to the last bit, whatever the scale of the shape
@@ -408,7 +406,6 @@ class Hold:
         return change, progress._replace(
             ratio=ratio.average,
             goal=goal,
-            found=(~finding | (ratio.average >= goal)).astype(jnp.float32),
             held=progress.held + (~finding).astype(jnp.float32),
         )
 

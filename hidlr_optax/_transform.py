@@ -184,7 +184,7 @@ def hidlr(
       param_labels: a pytree of str like params, a prefix of it, or a callable from params to one.
       init_learning_rate: the proportions of the rates to begin with, one number for all groups or
         `{label: rate}`. Their size is found at the first update: the first step changes the loss by
-        a hundredth. With `warmup=0`, or without `grad`, the rates begin as they are given. None:
+        a hundredth, three with `hold`. With `warmup=0`, or without `grad`, the rates begin as they are given. None:
         all alike.
       update_interval: Φ, steps from refresh to refresh.
       schedule: step -> factor, 1 at its peak; multiplies all rates. `hold` knows it and does not
@@ -200,8 +200,7 @@ def hidlr(
         `grad`, "probes" at others.
       solver: from `hold`, `coupled` or `diagonal`.
       warmup: the number of first updates during which there is a refresh at each and the rates are
-        found; `hold` goes on for as many again as long as its goal is not met. `coupled` and
-        `diagonal` also raise the rates linearly over them. 0: none of this.
+        found. `coupled` and `diagonal` also raise the rates linearly over them. 0: none of this.
       lagged_dtype: the dtype in which "lagged" stores the direction, such as bfloat16; None: its
         own.
 
@@ -310,8 +309,6 @@ def hidlr(
             return _guarded(new, rates, loss, params, updates, at, present, groups, solver.max_rise)
 
         finding = state.count < length
-        if isinstance(solver, Hold):
-            finding |= (state.progress.found == 0) & (state.count < 2 * length)
         due = ((state.count % interval == 0) | finding) & jnp.asarray(refresh)
         factor = jnp.asarray(1.0 if schedule is None else schedule(state.count), jnp.float32)
         if isinstance(solver, Hold):

@@ -201,14 +201,8 @@ def test_a_schedule_inside_gives_the_updates_of_one_after():
     )
 
 
-@pytest.mark.parametrize(
-    ("factory", "ramp", "expected"),
-    [
-        (hd.hidlr, 1.0, [1, 2, 3, 4, 4, 5]),  # twice as long, since the goal is not met
-        (coupled_hidlr, 6 / 9, [1, 2, 2, 3, 3, 4]),
-    ],
-)
-def test_injected_hyperparameters_can_be_changed_while_training(factory, ramp, expected):
+@pytest.mark.parametrize(("factory", "ramp"), [(hd.hidlr, 1.0), (coupled_hidlr, 6 / 9)])
+def test_injected_hyperparameters_can_be_changed_while_training(factory, ramp):
     inject = optax.inject_hyperparams(factory, ("loss_fn", "param_labels"))
     rule = inject(_parabolas, _LABELS, update_interval=100, warmup=2)
     tx = optax.chain(optax.sgd(1.0), rule)
@@ -225,7 +219,7 @@ def test_injected_hyperparameters_can_be_changed_while_training(factory, ramp, e
         state = optax.tree.set(state, **{name: jnp.asarray(x) for name, x in hyperparams.items()})
         params, state = step(params, state, _BATCH)
         refreshes.append(int(optax.tree.get(state, "refreshes")))
-    assert refreshes == expected
+    assert refreshes == [1, 2, 2, 3, 3, 4]
     assert optax.tree.get(state, "schedule_factor") == np.float32(ramp)
 
 
@@ -493,7 +487,7 @@ def _reference_run(rule):
 @_plain_and_default
 def test_the_run_the_others_are_compared_with_moves_the_rates(rule):
     _, state = _reference_run(rule)
-    assert optax.tree.get(state, "refreshes") == (6 if rule is _default else 3)
+    assert optax.tree.get(state, "refreshes") == (4 if rule is _default else 3)
     assert set(_kept(state).values()) == {hd.Kept.NO}
     assert all(rate != np.float32(0.02) for rate in _rates(state).values())
 

@@ -59,12 +59,12 @@ def test_the_joint_rate_is_the_geometric_mean(rates):
 @pytest.mark.parametrize(
     "slope", [[1.0, 2.0], [1.0, -2.0], [0.0, 2.0], [0.0, 0.0], [1.0, NAN], [INF, 1.0]]
 )
-def test_the_first_step_changes_the_loss_by_a_hundredth(slope, value, scale):
+def test_the_first_step_changes_the_loss_by_three_hundredths(slope, value, scale):
     shape = np.array([1.0, 3.0]) * scale
     steep = shape @ np.abs(slope)
     known = 0 < steep < INF and math.isfinite(value) and value != 0
     rates = np.array([0.0, 0.2])
-    expected = shape * 0.01 * abs(value) / steep if known else [shape[0], 0.2]
+    expected = shape * 0.03 * abs(value) / steep if known else [shape[0], 0.2]
     found = jax.jit(_hold.first_rates)(_f32(rates), _f32(shape), _f32(value), _f32(slope))
     assert found.dtype == jnp.float32
     _close(found, expected)
@@ -482,45 +482,24 @@ def test_a_refresh_costs_one_evaluation_and_one_more_while_rates_are_found(
     free = {name: x for name, x in {"value": value, "grad": grad}.items() if name in known}
     direction = jax.tree.map(jnp.negative, grad)
     update = jax.jit(tx.update)
-    state, counts, found = tx.init(params), [], []
+    state, counts = tx.init(params), []
     for _ in range(32):
         before = len(calls)
-        found.append(bool(state.progress.found))
         _, state = update(direction, state, params, batch=0.0, **free)
         jax.effects_barrier()
         counts.append(len(calls) - before)
 
     expected, refreshes = [], 0
     for step in range(32):
-        finding = step < 10 or (step < 20 and not found[step])
-        if not finding and step % 10:
+        if step >= 10 and step % 10:
             expected.append(0)
             continue
         # Of several groups, at every fourth refresh: a gradient, or two where no slope is known.
         alone = (1 if "grad" in known else 2) if groups > 1 and refreshes % 4 == 0 else 0
-        expected.append(1 + extra + finding + alone)
+        expected.append(1 + extra + (step < 10) + alone)
         refreshes += 1
     assert counts == expected
-    assert int(state.refreshes) == refreshes
-
-
-def test_rates_that_begin_far_too_low_are_found_for_up_to_twice_as_long():
-    def bowl(params, batch):
-        del batch
-        return jnp.sum(params["w"] ** 2) / 2
-
-    tx = optax.chain(optax.sgd(1.0), hd.hidlr(bowl, "all", warmup=12))
-    _, state, states, _ = _trained(tx, {"w": _f32([0.6, 0.8])}, jnp.zeros(60), bowl)
-    # A hundredth of the loss is a rate of 1/200, and 24 fifths more lead to 0.4: q = 2 is not met.
-    rates = np.asarray(states.group_learning_rates["all"])
-    np.testing.assert_allclose(rates[:24], 0.005 * 1.2 ** np.arange(1, 25), rtol=0.2)
-    np.testing.assert_array_equal(states.refreshes[:24], np.arange(1, 25))
-    np.testing.assert_array_equal(states.progress.found[:24], 0)
-    assert int(state.refreshes) == 24 + 3  # and 30, 40, 50
-    assert float(state.progress.found) == 1
-
-
-# Types and precision.
+    assert int(state.refreshes) == refreshes == 13
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float16", "float32", "float64"])
@@ -721,7 +700,7 @@ def test_a_bad_batch_keeps_the_rates_says_why_and_is_recovered_from(labels, when
         assert rate[when] == rate[when - 1]
     _assert_alive(trained, state)
     assert set(_kept(state).values()) == {Kept.NO}
-    assert int(state.refreshes) >= 23  # the first twenty, and 20, 30 and 40
+    assert int(state.refreshes) == 23  # the first twenty, and 20, 30 and 40
 
 
 def test_a_base_optimizer_with_a_rate_of_its_own_trains():
