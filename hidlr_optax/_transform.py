@@ -184,8 +184,8 @@ def hidlr(
       param_labels: a pytree of str like params, a prefix of it, or a callable from params to one.
       init_learning_rate: the proportions of the rates to begin with, one number for all groups or
         `{label: rate}`. Their size is found at the first update: the first step changes the loss by
-        a hundredth, three with `hold`. With `warmup=0`, or without `grad`, the rates begin as they are given. None:
-        all alike.
+        a hundredth, three with `hold`. With `warmup=0`, or without `grad`, the rates begin as they
+        are given. None: all alike.
       update_interval: Φ, steps from refresh to refresh.
       schedule: step -> factor, 1 at its peak; multiplies all rates. `hold` knows it and does not
         undo it; put no other scaling after `hidlr`.
