@@ -12,6 +12,7 @@ nothing given; losses over those of the rule as it is, on the same seeds.
 import argparse
 import collections
 import contextlib
+import functools
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,12 +113,10 @@ def runs(name: str, optimizer: str) -> Any:
 
 def job(name: str, optimizer: str) -> Job:
     """A case, all variants."""
-    made: list[Any] = []
+    compiled = functools.cache(lambda: runs(name, optimizer))
 
     def execute(seed: int) -> list[Row]:
-        if not made:
-            made.append(runs(name, optimizer))
-        found = jax.tree.map(np.asarray, made[0](seed))
+        found = jax.tree.map(np.asarray, compiled()(seed))
         return [
             {"constant": constant, "times": times} | plain({k: v[i] for k, v in found.items()})
             for i, (constant, times, _) in enumerate(variants())

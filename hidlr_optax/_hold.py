@@ -143,7 +143,7 @@ def preconditioned(
 
     What u does not carry on from the direction u′ before it (the residual of a least-squares fit of
     u/‖u‖ by u′/‖u′‖ beside g/‖g‖) is −g for SGD with or without momentum. Adam and Lion turn it
-    away, since they weigh coordinates. 1 from a cosine of 3/4 on.
+    away, since they weigh coordinates. 1 where the cosine is 9/10 or less.
 
     Args:
       direction: ‖u‖².

@@ -238,16 +238,15 @@ def _preconditioned(call: Call, measured: Measured) -> jax.Array:
     if call.grad is None:
         return jnp.zeros((), jnp.float32)
     updates, grad = call.updates, call.grad
-    nothing = jnp.zeros((), jnp.float32)
-    known = call.previous is not None
-    before = measured.step.direction
+    unknown = call.previous is None
+    before = optax.tree.zeros_like(updates) if unknown else measured.step.direction
     return preconditioned(
         direction=call.inner(updates, updates),
-        previous=call.inner(before, before) if known else nothing,
+        previous=call.inner(before, before),
         gradient=call.inner(grad, grad),
-        ahead=call.inner(updates, before) if known else nothing,
+        ahead=call.inner(updates, before),
         down=call.inner(updates, grad),
-        across=call.inner(before, grad) if known else nothing,
+        across=call.inner(before, grad),
     )
 
 

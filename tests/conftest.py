@@ -13,6 +13,15 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_disable_most_optimizations", True)  # compiling again: a third less time
+
+
+@pytest.fixture
+def optimized():
+    """XLA as users have it, for tests of what depends on its rounding."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

@@ -528,16 +528,18 @@ def test_vmap_over_runs_equals_each_run(rule):
         _assert_all_close(actual, expected, rtol=1e-3 if rule is _hidlr else 1e-2, atol=1e-5)
 
 
+@pytest.mark.usefixtures("optimized")
 @_plain_and_default
 def test_params_and_state_can_be_donated(rule):
     tx = _network_tx(rule)
     params = _network_params()
     state = tx.init(params)
-    step = jax.jit(_step(tx, _network), donate_argnums=(0, 1))
+    step = _step(tx, _network)
+    expected = _run(jax.jit(step), params, state, _network_batches(6))
     donated = jax.tree.leaves((params, state[0], _rates(state)))
-    result = _run(step, params, state, _network_batches(6))
+    result = _run(jax.jit(step, donate_argnums=(0, 1)), params, state, _network_batches(6))
     assert all(leaf.is_deleted() for leaf in donated)
-    _assert_all_close(result, _reference_run(rule), 1e-6)
+    _assert_all_equal(result, expected)
 
 
 @_plain_and_default
@@ -640,8 +642,9 @@ def test_shard_map_with_pmean_in_the_loss_equals_one_device(rule):
     def loss_fn(params, batch):
         return jax.lax.pmean(_network(params, batch), "x")
 
-    # Curvatures are differences of losses that devices sum in another order.
-    _assert_all_close(_shard_mapped(rule, loss_fn), _reference_run(rule), rtol=1e-2, atol=1e-5)
+    # A curvature along the whole step multiplies the rounding of losses that devices sum anew.
+    rtol = 1e-3 if rule is _hidlr else 1e-2
+    _assert_all_close(_shard_mapped(rule, loss_fn), _reference_run(rule), rtol=rtol, atol=1e-5)
 
 
 @_plain_and_default

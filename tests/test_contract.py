@@ -132,6 +132,9 @@ _DIVERGES = pytest.mark.xfail(
 )
 
 
+@pytest.mark.usefixtures(
+    "optimized"
+)  # rates in Rosenbrock's valley move by the rounding of the loss
 @pytest.mark.parametrize(
     ("direction", "target", "slope"),
     [
@@ -161,9 +164,7 @@ def test_training_converges_with_nothing_tuned_but_the_direction(direction, targ
         return jax.lax.scan(body, (params, state), length=3_000)[0]
 
     params, _ = train(target.initial, tx.init(target.initial))
-    # Without averages, rates in Rosenbrock's valley move by the rounding of the loss till the end.
-    atol = 0.15 if "rosenbrock" in target.loss.__qualname__ else 3e-2
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=atol), params, target.final)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=3e-2), params, target.final)
 
 
 _LOSS_AND_LABELS = ("loss_fn", "param_labels")
