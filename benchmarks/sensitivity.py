@@ -37,7 +37,7 @@ CASES = (
     ("housing NAM", "Lion"),
     ("synthetic NAM", "SGD"),
     ("sentiment", "AdamW"),
-    ("LoRA", "AdamW"),
+    ("synthetic NAM", "AdamW"),
     ("LoRA", "Lion"),
 )
 SEEDS = 3
