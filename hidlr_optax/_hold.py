@@ -223,7 +223,8 @@ def ratios(progress: Progress, seen: Look) -> Ratios:
     present = seen.curvature / jnp.maximum(seen.taken, _TINY) / share
     average = progress.curvature * seen.taken / share
     peak = jnp.where(progress.peak > 0, progress.peak, 1)  # a schedule may begin at zero
-    return Ratios(average / peak, present / peak)
+    most = 1e6  # slopes that cancel leave a share of nothing
+    return Ratios(jnp.clip(average / peak, -most, most), jnp.clip(present / peak, -most, most))
 
 
 def goal_for(goal: float, preconditioned_goal: float, progress: Progress) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support import counted, enable_x64, promoting
 
@@ -426,6 +426,7 @@ def _fed_rule(warmup, slope):
 
 @pytest.mark.parametrize(("warmup", "slope"), [(0, "lagged"), (2, "lagged"), (1, "gradient")])
 @given(calls=st.lists(st.lists(_any_float, min_size=9, max_size=9), min_size=1, max_size=5))
+@example(calls=[[0, 0, 0, 1, 0, 1, -68068160, 0, 0], [0, 0, 0, 0, 0, -1, -68068176, 0, 0]])
 @settings(max_examples=60, deadline=None)
 def test_rates_and_state_stay_finite_and_rates_positive_whatever_is_fed(warmup, slope, calls):
     tx, update = _fed_rule(warmup, slope)
