@@ -10,7 +10,7 @@ from hidlr_optax._solvers import coupled, diagonal
 from hidlr_optax._state import HiDLRState
 from hidlr_optax._suggest import Suggestion, suggest
 from hidlr_optax._transform import hidlr
-from hidlr_optax.curvature import gauss_newton, hessian, probes, secant
+from hidlr_optax.curvature import gauss_newton, hessian, parabola, probes, secant
 from hidlr_optax.influence import metrics
 from hidlr_optax.labels import label_by_depth, label_by_path, label_by_role
 
@@ -38,6 +38,7 @@ __all__ = [
     "metrics",
     "multi_steps",
     "paper_hidlr",
+    "parabola",
     "peft",
     "probes",
     "secant",

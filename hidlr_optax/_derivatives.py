@@ -8,10 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from hidlr_optax._groups import Groups
-from hidlr_optax._measurement import Measurement, check_batch_size, evaluate
+from hidlr_optax._measurement import RESOLUTION, Measurement, check_batch_size, evaluate
 from hidlr_optax._quadratic import Quadratic
-
-_ROUNDING = 16.0  # units in the last place: a difference of slopes that is smaller is none
 
 
 def _products(
@@ -27,7 +25,9 @@ def _linearize(fn: Callable[[jax.Array], Any], rates: jax.Array, needs: str) -> 
     try:
         return jax.linearize(fn, jnp.zeros_like(rates))
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"{needs}; JAX says: {error}. probes() evaluates only.") from error
+        raise ValueError(
+            f"{needs}; JAX says: {error}. parabola() and probes() evaluate only."
+        ) from error
 
 
 def _measurement(slope: jax.Array, matrix: jax.Array) -> Measurement:
@@ -54,6 +54,7 @@ class Hessian:
 
     batch_size: int | None
     couples: ClassVar[bool] = True
+    separates: ClassVar[bool] = True
 
     def estimate(
         self,
@@ -88,6 +89,7 @@ class GaussNewton:
     output_loss: Callable[[Any, Any], jax.Array]
     batch_size: int | None
     couples: ClassVar[bool] = True
+    separates: ClassVar[bool] = True
 
     def estimate(
         self,
@@ -146,6 +148,7 @@ class Secant:
     """The estimator made by `secant`."""
 
     couples: ClassVar[bool] = False  # the coupling is in the row sums, but not by itself
+    separates: ClassVar[bool] = True
 
     def estimate(
         self,
@@ -169,10 +172,10 @@ class Secant:
             end = -jax.grad(along)(rates)
         except (TypeError, ValueError, NotImplementedError) as error:
             message = f"secant() needs a differentiable loss; JAX says: {error}."
-            raise ValueError(f"{message} probes() evaluates only.") from error
+            raise ValueError(f"{message} parabola() and probes() evaluate only.") from error
         start, end = start.astype(jnp.float32), end.astype(jnp.float32)
         largest = jnp.maximum(jnp.abs(start), jnp.abs(end))
-        rounding = _ROUNDING * float(jnp.finfo(jnp.float32).eps) * largest
+        rounding = RESOLUTION * float(jnp.finfo(jnp.float32).eps) * largest
         return Measurement(
             quadratic=Quadratic(start, (start - end) / rates),
             resolved=largest > 0,

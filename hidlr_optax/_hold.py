@@ -39,7 +39,6 @@ _START = 3e-2  # of the loss: what the first step, by its slope alone, is to cha
 _STRAY = 3.0  # standard errors of the running loss above its least, from where it strays
 _ALARM = 4.0  # standard deviations of the loss above the running one that call for a look
 _JUMP = 0.3  # of the loss: a rise by more than this, where the coming step leads, halves the rates
-RESOLUTION = 16.0  # units in the last place of the loss: what is smaller is rounding
 
 
 class Progress(NamedTuple):

@@ -14,7 +14,6 @@ import optax
 from hidlr_optax._checks import refresh_if
 from hidlr_optax._groups import Groups, wide
 from hidlr_optax._hold import (
-    RESOLUTION,
     Hold,
     Look,
     alarmed,
@@ -28,6 +27,7 @@ from hidlr_optax._hold import (
     split,
     watch,
 )
+from hidlr_optax._measurement import RESOLUTION
 from hidlr_optax._quadratic import Kept, Quadratic, influence
 from hidlr_optax._state import HiDLRState
 
@@ -341,7 +341,7 @@ def _divided(
     shares = jnp.where(jnp.sum(known) > 0, known, jnp.abs(step.slope * taken))
     shares /= jnp.maximum(jnp.sum(shares), _TINY)
     divided = shares * curvature / _nonzero(taken) ** 2
-    if len(groups) == 1 or rule.solver.max_split == 1:
+    if len(groups) == 1 or rule.solver.max_split == 1 or not rule.estimator.separates:
         return divided, jnp.zeros((), bool)
 
     def measured() -> jax.Array:

@@ -7,6 +7,10 @@ import jax
 
 from hidlr_optax._quadratic import Quadratic
 
+# How many units in the last place of the loss a change has to be before it is more than rounding.
+# A sum over a batch, differently fused for the value and for the probes, is off by a few.
+RESOLUTION = 16.0
+
 
 class Measurement(NamedTuple):
     """What one estimate saw.

@@ -189,9 +189,9 @@ def hidlr(
       update_interval: Φ, steps from refresh to refresh.
       schedule: step -> factor, 1 at its peak; multiplies all rates. `hold` knows it and does not
         undo it; put no other scaling after `hidlr`.
-      curvature: the estimator, from `secant`, `probes`, `hessian` or `gauss_newton`. With `hold` it
-        measures the single groups, every few refreshes. None: `secant()` with `hold`, `probes()`
-        with the other solvers.
+      curvature: the estimator, from `secant`, `parabola`, `probes`, `hessian` or `gauss_newton`.
+        With `hold` it measures the single groups, every few refreshes; `parabola` leaves their
+        proportions alone. None: `secant()` with `hold`, `probes()` with the other solvers.
       slope: where b comes from. "lagged": slope and curvature along the previous step, which the
         present batch has not made, b_k = −⟨∇L_k, u_k⟩ + (Aη)_k at its start. "gradient":
         b_k = −⟨∇L_k, u_k⟩ along the coming step, on the batch that made u_k: for full batches; on

@@ -1,7 +1,8 @@
 """Estimators: from losses along the group steps to the quadratic in the learning rates.
 
 An estimator is a frozen, hashable value with a method `estimate(loss, params, direction, groups,
-rates, ...) -> Measurement`. It knows nothing of solvers, averages or training loops.
+rates, ...) -> Measurement`. It knows nothing of solvers, averages or training loops. `couples` says
+whether it measures A_kl between groups, `separates` whether it tells them apart at all.
 """
 
 import dataclasses
@@ -21,7 +22,8 @@ from hidlr_optax._derivatives import (
     secant,
 )
 from hidlr_optax._groups import Groups, wide
-from hidlr_optax._measurement import Measurement, check_batch_size, evaluate
+from hidlr_optax._measurement import RESOLUTION, Measurement, check_batch_size, evaluate
+from hidlr_optax._parabola import Parabola, parabola
 from hidlr_optax._quadratic import Quadratic, fit_axes, fit_joint
 
 __all__ = [
@@ -29,17 +31,16 @@ __all__ = [
     "GaussNewton",
     "Hessian",
     "Measurement",
+    "Parabola",
     "Probes",
     "Secant",
     "gauss_newton",
     "hessian",
+    "parabola",
     "probes",
     "secant",
 ]
 
-# How many units in the last place of the loss a change has to be before it is more than rounding.
-# A sum over a batch, differently fused for the value and for the probes, is off by a few.
-_RESOLUTION = 16.0
 _EVEN_PART = 2e-3  # of the loss: what a pair of probes at ±h is to change it by, 2·½ a h²
 _LINEAR_PART = 1e-2  # of the loss, by the slope, where the curvature is not known yet
 _SHORTEST, _LONGEST = 10.0, 30.0  # how much nearer or further than the current rate
@@ -63,6 +64,7 @@ class Probes:
     seed: int
 
     couples: ClassVar[bool] = False  # joint draws meet the coupling, but do not fit it
+    separates: ClassVar[bool] = True
 
     @property
     def fits_slope(self) -> bool:
@@ -161,7 +163,7 @@ class Probes:
         losses = losses.astype(wide(losses.dtype))
         changes = losses - value.astype(losses.dtype)
         scaled = self._fit(points, changes, slope, unit)
-        rounding = _RESOLUTION * float(eps) * self._largest(losses, value, len(groups))
+        rounding = RESOLUTION * float(eps) * self._largest(losses, value, len(groups))
         return Measurement(
             quadratic=scaled.scaled(1 / unit),
             resolved=self._largest(changes, jnp.zeros(()), len(groups)) > rounding,
@@ -230,4 +232,4 @@ def probes(
     return Probes(design, per_group, batch_size, seed)
 
 
-Estimator = Probes | Hessian | GaussNewton | Secant
+Estimator = Probes | Hessian | GaussNewton | Secant | Parabola
