@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from pretrained import HELD_BACK, Source, available
+from pretrained import HELD_BACK, UNSCORED, Source, available
 from rivals import OTHERS, last
 from store import Job, Row, Store, shard
 from tqdm import tqdm
@@ -273,7 +273,7 @@ def run(bench: Bench, cases: list[str], methods: list[str] | None, part: slice) 
 
 
 class Result(NamedTuple):
-    """A method on a case over seeds, of the last step or of the best; the score in points."""
+    """A method on a case over seeds, of the last step or of the best; the score in percent."""
 
     scores: np.ndarray
     loss: float
@@ -312,17 +312,18 @@ def _named(found: dict[str, dict[str, Result]]) -> list[str]:
 def summary(found: dict[str, dict[str, Result]]) -> str:
     """Markdown, one line per method: over the cases, against tuned AdamW."""
     gaps, ratios = collections.defaultdict(list), collections.defaultdict(list)
-    for here in found.values():
+    for case, here in found.items():
         for name, result in here.items():
-            gaps[name].append(result.scores.mean() - here[BASELINE].scores.mean())
+            if case not in UNSCORED:
+                gaps[name].append(result.scores.mean() - here[BASELINE].scores.mean())
             ratios[name].append(result.loss / here[BASELINE].loss)
     head = ["method", "cases", "score: mean", "worst", "test loss: median", "worst"]
     lines = [
         [
             name,
-            len(gaps[name]),
-            f"{np.mean(gaps[name]):+.2f}",
-            f"{min(gaps[name]):+.2f}",
+            len(ratios[name]),
+            f"{np.mean(gaps[name] or [np.nan]):+.2f}",
+            f"{min(gaps[name] or [np.nan]):+.2f}",
             f"{np.median(ratios[name]):.3g}",
             f"{max(ratios[name]):.3g}",
         ]
@@ -334,12 +335,17 @@ def summary(found: dict[str, dict[str, Result]]) -> str:
 def by_case(found: dict[str, dict[str, Result]]) -> str:
     """Markdown, one line per method and one column per case: mean ± standard deviation."""
 
-    def cell(result: Result | None) -> str:
+    def cell(case: str, result: Result | None) -> str:
         if result is None:
             return ""
-        return f"{result.scores.mean():.1f} ± {result.scores.std():.1f}"
+        unit, digits = (-0.01, 3) if case in UNSCORED else (1, 1)
+        scores = unit * result.scores
+        return f"{scores.mean():.{digits}f} ± {scores.std():.{digits}f}"
 
-    lines = [[name, *(cell(here.get(name)) for here in found.values())] for name in _named(found)]
+    lines = [
+        [name, *(cell(case, here.get(name)) for case, here in found.items())]
+        for name in _named(found)
+    ]
     return training.as_table(["method", *found], lines)
 
 
@@ -359,7 +365,8 @@ def report(rows: list[Row]) -> None:
         found = {case: results(rows, case, prefix) for case in cases}
         found = {case: here for case, here in found.items() if here}
         print(f"\nStep: {when}. Test score less that of tuned AdamW, in points;")
-        print("test loss over its:\n", summary(found), "\nTest score:\n", by_case(found), sep="\n")
+        print("test loss over its:\n", summary(found), sep="\n")
+        print("\nTest score in percent; E2E: test loss:\n", by_case(found), sep="\n")
         fresh = {case: found[case] for case in HELD_BACK if case in found}
         if fresh:
             print("\nThe cases that were held back alone:\n", summary(fresh), sep="\n")
