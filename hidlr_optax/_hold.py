@@ -38,6 +38,9 @@ _SPLIT_STEP = 0.15  # part of the way to equal ratios that a split moves the gro
 _START = 3e-2  # of the loss: what the first step, by its slope alone, is to change it by
 _STRAY = 3.0  # standard errors of the running loss above its least, from where it strays
 _ALARM = 4.0  # standard deviations of the loss above the running one that call for a look
+_SHORTEST = 0.1  # of a step that is looked at before it is taken, at once
+TRIES = 5  # how often such a step is shortened
+_LEAP = 4.0  # times the usual decrease by the slope, of a step that may leave a plateau too fast
 _JUMP = 0.3  # of the loss: a rise by more than this, where the coming step leads, halves the rates
 
 
@@ -292,37 +295,72 @@ def alarmed(progress: Progress, loss: jax.Array) -> jax.Array:
     return above & (progress.losses >= _ALARM)
 
 
+def leaps(progress: Progress, descent: jax.Array, rate: jax.Array) -> jax.Array:
+    """Whether the coming step is so much longer than those before that it has to be looked at now.
+
+    By its slope it would win several times what steps win on average, and a large part of the loss.
+    Where a plateau ends, gradients grow from step to step, and one step of a rate that has grown on
+    the plateau can end a run.
+
+    Args:
+      progress: the averages.
+      descent: by how much the step lowers the loss by its slope.
+      rate: the joint rate of the step, schedule included.
+    """
+    usual = jnp.maximum(progress.same, 0) * rate
+    large = _JUMP * jnp.abs(progress.loss)
+    return (descent > jnp.maximum(_LEAP * usual, large)) & (progress.looks > 0)
+
+
+def shortened(
+    progress: Progress, ahead: jax.Array, descent: jax.Array, loss: jax.Array
+) -> jax.Array:
+    """The part of the coming step to take: all of it, unless it raises the loss by more than 30 %.
+
+    Or raises it at all, where it should have won as much by its slope: chance may lie less than
+    30 % above. Then the part that leads to the minimum of the parabola through its slope and the
+    loss at its end, within a tenth and a half; a tenth if that loss is not finite.
+
+    Args:
+      progress: the averages.
+      ahead: by how much the step raises the loss.
+      descent: by how much it lowers the loss by its slope.
+      loss: where it begins.
+    """
+    curve = 2 * (ahead + descent)
+    best = jnp.clip(descent / jnp.where(curve > 0, curve, 1), _SHORTEST, _FALL)
+    limit = _limit(progress, loss)
+    harms = (ahead > limit) | ((ahead > 0) & (descent > limit))
+    part = jnp.where(harms, best, 1.0)
+    return jnp.where(jnp.isfinite(ahead), part, _SHORTEST)
+
+
+def _limit(progress: Progress, loss: jax.Array) -> jax.Array:
+    """The largest rise of the loss that a step may cost."""
+    return _JUMP * jnp.maximum(jnp.abs(loss), jnp.abs(progress.loss))
+
+
 def guard(
-    progress: Progress,
-    behind: jax.Array,
-    ahead: jax.Array,
-    descent: jax.Array,
-    loss: jax.Array,
-    rate: jax.Array,
+    progress: Progress, behind: jax.Array, part: jax.Array, loss: jax.Array, rate: jax.Array
 ) -> Verdict:
     """Keeps a run from its death, by its steps and by its running loss.
 
-    A coming step that raises the loss by more than 30 %: to the minimum of the parabola through its
-    slope and that loss, within a tenth and a half; one after which the loss is not finite: a tenth.
-    A last step that has done so on a batch that it has not seen: a half. Where the running loss of
-    such batches lies above its least by three times its standard error, a half, and the rates never
-    rise above that again.
+    The rates are cut to the part of the coming step that may be taken; by half at least, where the
+    last step has raised the loss by more than 30 % on a batch that it has not seen, or where the
+    running loss of such batches lies above its least by three times its standard error. Then the
+    rates never rise above that again.
 
     Args:
       progress: the averages.
       behind: by how much the last step has raised the loss.
-      ahead: the same of the coming step; 0 where that was not looked at.
-      descent: by how much it lowers the loss by its slope.
+      part: of the coming step, that may be taken.
       loss: between them.
       rate: the joint rate, without the schedule.
     """
-    limit = _JUMP * jnp.maximum(jnp.abs(loss), jnp.abs(progress.loss))
-    curve = 2 * (ahead + descent)
-    best = jnp.clip(descent / jnp.where(curve > 0, curve, 1), 0.1, _FALL)
-    kept = jnp.where(jnp.isfinite(ahead), jnp.where(ahead > limit, best, 1.0), 0.1)
     error = jnp.sqrt(progress.least_spread * (1 - _LOSS_DECAY) / (1 + _LOSS_DECAY))
     strays = progress.loss - progress.least > _STRAY * error
-    kept = jnp.where((behind > limit) | strays, jnp.minimum(kept, _FALL), kept)
+    harmed = (behind > _limit(progress, loss)) | strays
+    kept = jnp.where(harmed, jnp.minimum(part, _FALL), part)
     ceiling = jnp.where(strays, jnp.minimum(rate * _FALL, progress.ceiling), progress.ceiling)
     watched = progress._replace(
         ceiling=ceiling, least=jnp.where(strays, progress.loss, progress.least)

@@ -14,6 +14,7 @@ import optax
 from hidlr_optax._checks import refresh_if
 from hidlr_optax._groups import Groups, wide
 from hidlr_optax._hold import (
+    TRIES,
     Hold,
     Look,
     alarmed,
@@ -22,8 +23,10 @@ from hidlr_optax._hold import (
     first_rates,
     guard,
     joint,
+    leaps,
     look,
     preconditioned,
+    shortened,
     split,
     watch,
 )
@@ -138,16 +141,22 @@ def held(state: HiDLRState, call: Call, rule: Rule) -> HiDLRState:
     """The state after an update; `direction` is left to the caller."""
     progress = state.progress
     progress = progress._replace(peak=jnp.maximum(progress.peak, jnp.abs(rule.factor)))
+    same = None if call.grad is None else call.slope(call.updates)
+    alarm = jnp.zeros((), bool)
+    if same is not None:
+        coming = call.groups.pack(state.group_learning_rates) * jnp.abs(rule.factor)
+        alarm |= leaps(progress, coming @ same, joint(coming))
     if call.value is not None:
         loss = call.value.astype(jnp.float32)
-        alarm = alarmed(progress, loss) & rule.allowed
-        rule = rule._replace(due=rule.due | alarm, watching=rule.finding | alarm)
+        alarm |= alarmed(progress, loss)
         progress = watch(progress, loss)
+    alarm &= rule.allowed
+    rule = rule._replace(due=rule.due | alarm, watching=rule.finding | alarm)
     state = state._replace(progress=progress)
-    return refresh_if(rule.due, lambda: _refreshed(state, call, rule), state)
+    return refresh_if(rule.due, lambda: _refreshed(state, call, rule, same), state)
 
 
-def _refreshed(state: HiDLRState, call: Call, rule: Rule) -> HiDLRState:
+def _refreshed(state: HiDLRState, call: Call, rule: Rule, same: jax.Array | None) -> HiDLRState:
     """One refresh."""
     groups = call.groups
     value = call.value
@@ -155,19 +164,17 @@ def _refreshed(state: HiDLRState, call: Call, rule: Rule) -> HiDLRState:
         value = call.at(call.updates, jnp.zeros(len(groups)))
         state = state._replace(progress=watch(state.progress, value.astype(jnp.float32)))
     rates = groups.pack(state.group_learning_rates)
-    same = None if call.grad is None else call.slope(call.updates)
     begins = (state.progress.looks == 0) & rule.finding
     if same is not None:
         found = first_rates(rates, rule.initial, value.astype(jnp.float32), same)
         rates = jnp.where(begins, found, rates)
     measured = _measure(state, call, rule, rates, value, same)
     state, change = _moved(state, call, rule, measured, rates, value)
-    descent = jnp.float32(0) if same is None else rates * rule.factor @ same
-    coming = rates * jnp.exp(change)
-    ahead, finite = _rise(call, rule, coming, value)
-    descent *= jnp.exp(change)
-    before = value.astype(jnp.float32)
-    verdict = guard(state.progress, measured.rise, ahead, descent, before, joint(rates))
+    finite = jnp.isfinite(value) & jnp.isfinite(call.inner(call.updates, call.updates))
+    watched = rule._replace(watching=rule.watching & finite)
+    part = _part(state, call, watched, rates * jnp.exp(change), value, same)
+    loss = value.astype(jnp.float32)
+    verdict = guard(state.progress, measured.rise, part, loss, joint(rates))
     highest = jnp.log(verdict.progress.ceiling / joint(rates))
     change = jnp.where(finite, jnp.minimum(change + verdict.cut, highest), 0.0)
     moved = rates * jnp.exp(change)
@@ -189,18 +196,30 @@ def _refreshed(state: HiDLRState, call: Call, rule: Rule) -> HiDLRState:
     )
 
 
-def _rise(call: Call, rule: Rule, rates: jax.Array, value: jax.Array) -> tuple[Any, jax.Array]:
-    """By how much the coming step raises the loss; and whether loss and updates are finite at all.
+def _part(
+    state: HiDLRState,
+    call: Call,
+    rule: Rule,
+    rates: jax.Array,
+    value: jax.Array,
+    same: jax.Array | None,
+) -> jax.Array:
+    """The part of the coming step with these rates to take, by looking where it leads: ().
 
-    0 where nothing calls for the look.
+    Looked at again when it had to be shortened: one parabola says little of a loss that rises
+    steeply. All of it where nothing calls for the look.
     """
+    taken = rates * rule.factor
+    descent = jnp.float32(0) if same is None else taken @ same
 
-    def risen() -> jax.Array:
-        return -_fall(value, call.at(call.updates, rates * rule.factor))
+    def shorter(tried: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        part, _, tries = tried
+        ahead = -_fall(value, call.at(call.updates, part * taken))
+        less = shortened(state.progress, ahead, part * descent, value.astype(jnp.float32))
+        return part * less, less < 1, tries + 1
 
-    rise = jax.lax.cond(rule.watching, risen, lambda: jnp.zeros((), jnp.float32))
-    finite = jnp.isfinite(value) & jnp.isfinite(call.inner(call.updates, call.updates))
-    return jnp.where(finite, rise, 0.0), finite
+    start = jnp.float32(1), rule.watching, jnp.int32(0)
+    return jax.lax.while_loop(lambda tried: tried[1] & (tried[2] < TRIES), shorter, start)[0]
 
 
 def _moved(
@@ -265,8 +284,9 @@ def _averaged(
 
     quadratic = Quadratic(mean(state.slope, slope), mean(state.curvature, curvature))
     sizes = jnp.asarray(groups.sizes, jnp.float32)
-    convex = usable & (quadratic.curvature > 0)
-    ppi = jnp.where(convex, influence(quadratic, sizes), groups.pack(state.influence))
+    ppi = influence(quadratic, sizes)
+    known = usable & (quadratic.curvature > 0) & jnp.isfinite(ppi)
+    ppi = jnp.where(known, ppi, groups.pack(state.influence))
     return state._replace(
         slope=groups.unpack(quadratic.slope),
         curvature=groups.unpack(quadratic.curvature),

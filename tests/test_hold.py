@@ -291,37 +291,59 @@ def test_the_rates_are_moved_as_in_plain_python(average, goal):
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def _guarded_in_python(mean, least, spread, ceiling, behind, ahead, descent, loss, rate):
+def _shortened_in_python(mean, ahead, descent, loss):
+    if not math.isfinite(ahead):
+        return 0.1
+    limit = 0.3 * max(abs(loss), abs(mean))
+    if not (ahead > limit or (ahead > 0 and descent > limit)):
+        return 1.0
+    curve = 2 * (ahead + descent)  # of −descent·t + curve·t²/2, `ahead` at t = 1
+    return _clamp(descent / curve if curve > 0 else descent, 0.1, 0.5)
+
+
+@pytest.mark.parametrize("ahead", [-1.0, 0.0, 0.1, 0.59, 0.61, 3.0, 1e30, NAN, INF, -INF])
+def test_a_step_that_does_harm_is_shortened_as_in_plain_python(ahead):
+    mean, loss = 2.0, 1.0
+    for descent in (0.0, 0.2, 2.0, -1.0, -5.0):
+        found = _hold.shortened(_progress(loss=mean), *map(_f32, (ahead, descent, loss)))
+        expected = _shortened_in_python(mean, ahead, descent, loss)
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def _guarded_in_python(mean, least, spread, ceiling, behind, part, loss, rate):
     """The factor, the ceiling and the least loss; of losses averaged with 0.95ⁿ, n back."""
     squares = sum((0.05 * 0.95**n) ** 2 for n in range(2000))
     strays = mean - least > 3 * math.sqrt(spread * squares)
-    limit, factor = 0.3 * max(abs(loss), abs(mean)), 1.0
-    if not math.isfinite(ahead):
-        factor = 0.1
-    elif ahead > limit:
-        curve = 2 * (ahead + descent)  # of −descent·t + curve·t²/2, `ahead` at t = 1
-        factor = _clamp(descent / curve if curve > 0 else descent, 0.1, 0.5)
-    if strays or behind > limit:
-        factor = min(factor, 0.5)
+    if strays or behind > 0.3 * max(abs(loss), abs(mean)):
+        part = min(part, 0.5)
     if strays:
         ceiling, least = min(ceiling, rate / 2), mean
-    return factor, ceiling, least
+    return part, ceiling, least
 
 
-@pytest.mark.parametrize("ahead", [-1.0, 0.0, 0.59, 0.61, 3.0, 1e30, NAN, INF, -INF])
+@pytest.mark.parametrize("part", [1.0, 0.5, 0.3, 1e-5])
 @pytest.mark.parametrize("behind", [-1.0, 0.59, 0.61, NAN, INF])
 @pytest.mark.parametrize("ceiling", [INF, 0.05, 10.0])
 @pytest.mark.parametrize("least", [INF, 1.0, 1.59, 1.61])
-def test_the_guard_is_that_of_plain_python(ahead, behind, ceiling, least):
+def test_the_guard_is_that_of_plain_python(part, behind, ceiling, least):
     mean, spread, loss, rate = 2.0, 0.25, 1.0, 0.2
     progress = _progress(loss=mean, least=least, spread=99.0, least_spread=spread, ceiling=ceiling)
-    for descent in (0.0, 0.2, 2.0, -1.0, -5.0):
-        found = _hold.guard(progress, *map(_f32, (behind, ahead, descent, loss, rate)))
-        factor, top, lowest = _guarded_in_python(
-            mean, least, spread, ceiling, behind, ahead, descent, loss, rate
-        )
-        np.testing.assert_allclose(found.cut, math.log(factor), rtol=1e-4)
-        _close([found.progress.ceiling, found.progress.least], [top, lowest])
+    found = _hold.guard(progress, *map(_f32, (behind, part, loss, rate)))
+    factor, top, lowest = _guarded_in_python(mean, least, spread, ceiling, behind, part, loss, rate)
+    np.testing.assert_allclose(found.cut, math.log(factor), rtol=1e-4)
+    _close([found.progress.ceiling, found.progress.least], [top, lowest])
+
+
+@pytest.mark.parametrize("looks", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("descent", "expected"), [(0.9, False), (1.3, True), (-9.0, False), (NAN, False), (INF, True)]
+)
+def test_a_step_far_longer_than_those_before_calls_for_a_look(descent, expected, looks):
+    usual = _progress(same=6.0, loss=1.0, looks=looks)  # 0.3 at this rate, and four times that 1.2
+    assert bool(_hold.leaps(usual, _f32(descent), _f32(0.05))) == (expected and looks > 0)
+    large = _progress(same=6.0, loss=-5.0, looks=looks)  # a third of the loss is 1.5
+    found = _hold.leaps(large, _f32(descent), _f32(0.05))
+    assert bool(found) == (expected and descent > 1.5 and looks > 0)
 
 
 @pytest.mark.parametrize("losses", [0.0, 4.0, 5.0, 50.0])
@@ -410,6 +432,9 @@ def _fed(params, batch):
     return batch["offset"] + batch["linear"] * total + batch["square"] * total**2
 
 
+_STEEP = [0, 0, 0, 0.5, 0, 2857627, 0, 5, 0]  # and hardly curved
+
+
 @functools.cache
 def _fed_rule(warmup, slope):
     tx = hd.hidlr(
@@ -426,6 +451,7 @@ def _fed_rule(warmup, slope):
 
 @pytest.mark.parametrize(("warmup", "slope"), [(0, "lagged"), (2, "lagged"), (1, "gradient")])
 @given(calls=st.lists(st.lists(_any_float, min_size=9, max_size=9), min_size=1, max_size=5))
+@example(calls=[[0] * 9, [0] * 5 + [1e-30, 0, 0, 0], _STEEP, [0, 0, 0, 1, 0, 0, 0, 1, 0]])
 @example(calls=[[0, 0, 0, 1, 0, 1, -68068160, 0, 0], [0, 0, 0, 0, 0, -1, -68068176, 0, 0]])
 @settings(max_examples=60, deadline=None)
 def test_rates_and_state_stay_finite_and_rates_positive_whatever_is_fed(warmup, slope, calls):

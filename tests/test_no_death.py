@@ -81,3 +81,35 @@ def test_small_batches_do_not_kill_adapters(adapters, steps):
     losses = jax.jit(jax.vmap(run))(a, jax.random.split(jax.random.key(9), 8))
     assert np.max(losses) < (1.2 if steps is None else 1.0)
     assert np.median(losses) < (1.0 if steps is None else 0.9)
+
+
+def _long_chain(params, batch):
+    """A product of eight numbers: flat where they are small, and steeper than any parabola."""
+    return jnp.mean((batch * jnp.prod(params["w"]) * jnp.prod(params["v"]) - batch) ** 2)
+
+
+@pytest.mark.parametrize("labels", ["all", {"w": "w", "v": "v"}], ids=["one", "two"])
+@pytest.mark.parametrize(
+    "direction", [optax.sgd(1.0), optax.sgd(1.0, momentum=0.9)], ids=["SGD", "momentum"]
+)
+def test_no_run_dies_where_a_plateau_ends(direction, labels):
+    """Rates grow where it is flat. With the first version, one run of six is lost to NaN."""
+    tx = optax.chain(direction, hd.hidlr(_long_chain, labels))
+
+    def run(key):
+        def step(carry, key):
+            params, state = carry
+            batch = jax.random.normal(key, (16,))
+            value, grad = jax.value_and_grad(_long_chain)(params, batch)
+            updates, state = tx.update(grad, state, params, batch=batch, value=value, grad=grad)
+            return (optax.apply_updates(params, updates), state), value
+
+        noise = jax.random.normal(key, (4,))
+        params = {"w": 0.4 + 0.04 * noise, "v": jnp.full(4, 0.4)}
+        start = params, tx.init(params)
+        (params, _), losses = jax.lax.scan(step, start, jax.random.split(key, 300))
+        return _long_chain(params, jnp.ones(1)), jnp.max(losses)
+
+    last, highest = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 12))
+    assert np.all(last < 1e-2)
+    assert np.all(highest < 20)  # at the start 1 in the mean, up to 3
