@@ -13,7 +13,7 @@ from hatchling import build
 import hidlr_optax as hd
 from hidlr_optax import _hold
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 SHOWN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ALL = [*SHOWN, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md"))]
 ALL += [ROOT / name / "README.md" for name in ("benchmarks", "examples")]
