@@ -116,7 +116,7 @@ def test_design_has_a_row_for_each_constant_of_hold():
     constants = {
         name: value
         for name, value in vars(_hold).items()
-        if re.fullmatch(r"_[A-Z_]+", name) and isinstance(value, float)
+        if re.fullmatch(r"_?[A-Z_]+", name) and isinstance(value, int | float)
     }
     shown = {name: float(value) for name, value in _rows("Constants of the rule").items()}
     assert shown.keys() == constants.keys()
