@@ -40,7 +40,7 @@ _STRAY = 3.0  # standard errors of the running loss above its least, from where 
 _ALARM = 4.0  # standard deviations of the loss above the running one that call for a look
 _SHORTEST = 0.1  # of a step that is looked at before it is taken, at once
 TRIES = 5  # how often such a step is shortened
-_LEAP = 4.0  # times the usual decrease by the slope, of a step that may leave a plateau too fast
+_LEAP = 10.0  # times the usual decrease by the slope, of a step that may leave a plateau too fast
 _JUMP = 0.3  # of the loss: a rise by more than this, where the coming step leads, halves the rates
 
 
@@ -298,7 +298,7 @@ def alarmed(progress: Progress, loss: jax.Array) -> jax.Array:
 def leaps(progress: Progress, descent: jax.Array, rate: jax.Array) -> jax.Array:
     """Whether the coming step is so much longer than those before that it has to be looked at now.
 
-    By its slope it would win several times what steps win on average, and a large part of the loss.
+    By its slope it would win many times what steps win on average, and more than the whole loss.
     Where a plateau ends, gradients grow from step to step, and one step of a rate that has grown on
     the plateau can end a run.
 
@@ -308,8 +308,8 @@ def leaps(progress: Progress, descent: jax.Array, rate: jax.Array) -> jax.Array:
       rate: the joint rate of the step, schedule included.
     """
     usual = jnp.maximum(progress.same, 0) * rate
-    large = _JUMP * jnp.abs(progress.loss)
-    return (descent > jnp.maximum(_LEAP * usual, large)) & (progress.looks > 0)
+    most = jnp.maximum(_LEAP * usual, jnp.abs(progress.loss))
+    return (descent > most) & (progress.looks > 0)
 
 
 def shortened(
@@ -317,8 +317,8 @@ def shortened(
 ) -> jax.Array:
     """The part of the coming step to take: all of it, unless it raises the loss by more than 30 %.
 
-    Or raises it at all, where it should have won as much by its slope: chance may lie less than
-    30 % above. Then the part that leads to the minimum of the parabola through its slope and the
+    Or raises it at all, where it should have won the whole loss by its slope: chance may lie less
+    than 30 % above. Then the part that leads to the minimum of the parabola through its slope and the
     loss at its end, within a tenth and a half; a tenth if that loss is not finite.
 
     Args:
@@ -329,8 +329,8 @@ def shortened(
     """
     curve = 2 * (ahead + descent)
     best = jnp.clip(descent / jnp.where(curve > 0, curve, 1), _SHORTEST, _FALL)
-    limit = _limit(progress, loss)
-    harms = (ahead > limit) | ((ahead > 0) & (descent > limit))
+    size = jnp.maximum(jnp.abs(loss), jnp.abs(progress.loss))
+    harms = (ahead > _JUMP * size) | ((ahead > 0) & (descent > size))
     part = jnp.where(harms, best, 1.0)
     return jnp.where(jnp.isfinite(ahead), part, _SHORTEST)
 

@@ -234,7 +234,8 @@ def _moved(
     seen = measured.look
     finite = jnp.isfinite(seen.slope) & jnp.isfinite(seen.curvature) & jnp.isfinite(seen.same)
     new = look(state.progress, seen, _preconditioned(call, measured), rule.finding)
-    bounded = jnp.isfinite(new.slope) & jnp.isfinite(new.curvature) & jnp.isfinite(new.same)
+    averages = jnp.stack([new.slope, new.curvature, new.same, new.preconditioned])
+    bounded = jnp.all(jnp.isfinite(averages))
     usable = finite & bounded & measured.resolved & (seen.taken > 0)
     progress = jax.tree.map(lambda new, old: jnp.where(usable, new, old), new, state.progress)
     # From the step that was looked at to one with the present rates.

@@ -294,8 +294,8 @@ def test_the_rates_are_moved_as_in_plain_python(average, goal):
 def _shortened_in_python(mean, ahead, descent, loss):
     if not math.isfinite(ahead):
         return 0.1
-    limit = 0.3 * max(abs(loss), abs(mean))
-    if not (ahead > limit or (ahead > 0 and descent > limit)):
+    size = max(abs(loss), abs(mean))
+    if not (ahead > 0.3 * size or (ahead > 0 and descent > size)):
         return 1.0
     curve = 2 * (ahead + descent)  # of −descent·t + curve·t²/2, `ahead` at t = 1
     return _clamp(descent / curve if curve > 0 else descent, 0.1, 0.5)
@@ -304,7 +304,7 @@ def _shortened_in_python(mean, ahead, descent, loss):
 @pytest.mark.parametrize("ahead", [-1.0, 0.0, 0.1, 0.59, 0.61, 3.0, 1e30, NAN, INF, -INF])
 def test_a_step_that_does_harm_is_shortened_as_in_plain_python(ahead):
     mean, loss = 2.0, 1.0
-    for descent in (0.0, 0.2, 2.0, -1.0, -5.0):
+    for descent in (0.0, 0.2, 1.9, 2.1, -1.0, -5.0):
         found = _hold.shortened(_progress(loss=mean), *map(_f32, (ahead, descent, loss)))
         expected = _shortened_in_python(mean, ahead, descent, loss)
         np.testing.assert_allclose(found, expected, rtol=1e-4)
@@ -336,14 +336,14 @@ def test_the_guard_is_that_of_plain_python(part, behind, ceiling, least):
 
 @pytest.mark.parametrize("looks", [0.0, 1.0])
 @pytest.mark.parametrize(
-    ("descent", "expected"), [(0.9, False), (1.3, True), (-9.0, False), (NAN, False), (INF, True)]
+    ("descent", "expected"), [(2.9, False), (3.1, True), (-9.0, False), (NAN, False), (INF, True)]
 )
 def test_a_step_far_longer_than_those_before_calls_for_a_look(descent, expected, looks):
-    usual = _progress(same=6.0, loss=1.0, looks=looks)  # 0.3 at this rate, and four times that 1.2
+    usual = _progress(same=6.0, loss=1.0, looks=looks)  # 0.3 at this rate, and ten times that 3
     assert bool(_hold.leaps(usual, _f32(descent), _f32(0.05))) == (expected and looks > 0)
-    large = _progress(same=6.0, loss=-5.0, looks=looks)  # a third of the loss is 1.5
+    large = _progress(same=6.0, loss=-5.0, looks=looks)
     found = _hold.leaps(large, _f32(descent), _f32(0.05))
-    assert bool(found) == (expected and descent > 1.5 and looks > 0)
+    assert bool(found) == (descent > 5 and looks > 0)
 
 
 @pytest.mark.parametrize("losses", [0.0, 4.0, 5.0, 50.0])
@@ -451,6 +451,7 @@ def _fed_rule(warmup, slope):
 
 @pytest.mark.parametrize(("warmup", "slope"), [(0, "lagged"), (2, "lagged"), (1, "gradient")])
 @given(calls=st.lists(st.lists(_any_float, min_size=9, max_size=9), min_size=1, max_size=5))
+@example(calls=[[0] * 9, [0] * 9, [0] * 4 + [1e38] + [0] * 4, [0, 0, 0, 1, 4, 0, 0, 0, 0]])
 @example(calls=[[0] * 9, [0] * 5 + [1e-30, 0, 0, 0], _STEEP, [0, 0, 0, 1, 0, 0, 0, 1, 0]])
 @example(calls=[[0, 0, 0, 1, 0, 1, -68068160, 0, 0], [0, 0, 0, 0, 0, -1, -68068176, 0, 0]])
 @settings(max_examples=60, deadline=None)
