@@ -34,13 +34,13 @@ CASES = (
     ("digits", "AdamW"),
     ("digits", "SGD"),
     ("digits, 20 % noise", "momentum"),
-    ("housing NAM", "Lion"),
+    ("MNIST MLP", "Lion"),
     ("synthetic NAM", "SGD"),
     ("sentiment", "AdamW"),
     ("synthetic NAM", "AdamW"),
     ("LoRA", "Lion"),
 )
-SEEDS = 3
+SEEDS = 1
 CHECKS = 10
 ARGUMENTS = {"goal": 2.0, "preconditioned_goal": 1.3, "warmup": 20.0}
 DECAYS = ("_FIND_DECAY", "_HOLD_DECAY", "_SLOPE_DECAY", "_LOSS_DECAY")
