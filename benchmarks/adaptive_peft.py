@@ -19,29 +19,26 @@ Results are kept in a file; what is there is not computed again.
 import argparse
 import itertools
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import data
+import finetune_text
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import training
 from flax import nnx
 from language import PRETRAINING, encode, language_loss, load_gpt
+from models import gpt, lora
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
 import hidlr_optax as hd
 import hidlr_optax.plot
-
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
-import data
-import finetune_text
-import training
-from models import gpt, lora
 
 PSIS = (1.0, 1.1, 10.0, 500.0, 1000.0, 2000.0)
 TRANSFER_LAYERS = (2, 3)

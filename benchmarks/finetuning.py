@@ -14,7 +14,6 @@ One JSON line per run; what is there is not run again.
 import argparse
 import collections
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import training
 from pretrained import HELD_BACK, UNSCORED, Source, available
 from rivals import OTHERS, last
 from store import Job, Row, Store, shard
@@ -30,9 +30,6 @@ from tqdm import tqdm
 from workloads import Workload, plain, train
 
 import hidlr_optax as hd
-
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
-import training
 
 BASELINE = "AdamW, tuned"
 CHECKS = 4  # how often a run is evaluated

@@ -202,7 +202,7 @@ def final_rates(runs: dict[str, list[Run]]) -> str:
 
 
 def smoothed(runs: list[Run]) -> np.ndarray:
-    """(seeds, steps) losses, each the mean of the last `WINDOW` steps, or of as many as there are."""
+    """(seeds, steps) losses, each the mean of the last `WINDOW` steps or as many as there are."""
     losses = np.array([[row["loss"] for row in run.history] for run in runs])
     sums = np.cumsum(np.insert(losses, 0, 0.0, axis=1), axis=1)
     ends = np.arange(1, losses.shape[1] + 1)
@@ -211,7 +211,7 @@ def smoothed(runs: list[Run]) -> np.ndarray:
 
 
 def best(runs: dict[str, list[Run]], cosine: bool) -> str:
-    """The rate of AdamW, with a cosine schedule or without, of the lowest training loss at the end."""
+    """The AdamW, with a cosine schedule or without, that ends at the lowest training loss."""
     names = [n for n in runs if n.startswith("AdamW") and n.endswith(", cosine") == cosine]
     return min(names, key=lambda name: np.mean([run.train_loss for run in runs[name]]))
 

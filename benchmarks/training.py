@@ -1,4 +1,4 @@
-"""What the fine-tuning examples share: methods, one training loop, its log and checkpoints.
+"""What the comparisons on pretrained models share: methods, one training loop, log, checkpoints.
 
 Every run is one `Method` on one `Task` with one seed. Baselines are tuned the usual way: a grid of
 rates for each family, on seed 0, the best by validation score; the other seeds run that one alone.
@@ -27,7 +27,7 @@ import hidlr_optax.plot
 try:
     import orbax.checkpoint as ocp
 except ModuleNotFoundError as error:
-    error.add_note("The fine-tuning examples need the extra `models`: pip install -e '.[models]'")
+    error.add_note("The comparisons need the extra `models`: pip install -e '.[models]'")
     raise
 
 _NOT_SETTINGS = ("out", "seeds", "checkpoint_every")  # what may change from one call to the next
@@ -431,7 +431,7 @@ def main(task: Task, methods: Sequence[Method], args: Any) -> None:
 
 
 def arguments(description: str | None, out: str, steps: int) -> argparse.ArgumentParser:
-    """The options that the examples share."""
+    """The options that they share."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
