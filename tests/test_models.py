@@ -1,5 +1,5 @@
-"""The models of the benchmarks: small random ones for what holds of any weights, and, among the slow
-tests, the trained ones against the implementations that their weights come from."""
+"""The models of the benchmarks: small random ones for what holds of any weights, and, among the
+slow tests, the trained ones against the implementations that their weights come from."""
 
 import io
 import json

@@ -12,6 +12,7 @@ import optax
 import pytest
 import training
 from flax import nnx
+from store import Log
 from support import promoting
 
 import hidlr_optax as hd
@@ -171,7 +172,7 @@ def test_tuned_rates_follow_their_schedule_and_factors():
 def test_a_run_that_was_cut_short_ends_as_if_it_had_not(tmp_path):
     whole, cut = _args(tmp_path / "whole"), _args(tmp_path / "cut")
     for method in (_rule(), training.Method("given", "given", _given(), lambda n: {"all": 0.1})):
-        log = training.Log(whole.out / "log.jsonl", {})
+        log = Log(whole.out / "log.jsonl", {})
         training.train(TASK, method, 1, training.make_step(TASK), whole, log)
         expected = log.result(method.name, 1)
 
@@ -183,14 +184,14 @@ def test_a_run_that_was_cut_short_ends_as_if_it_had_not(tmp_path):
             return _batch(seed, step)
 
         broken = TASK._replace(batch=interrupted)
-        log = training.Log(cut.out / "log.jsonl", {})
+        log = Log(cut.out / "log.jsonl", {})
         with pytest.raises(KeyboardInterrupt):
             training.train(broken, method, 1, training.make_step(broken), cut, log)
-        log = training.Log(cut.out / "log.jsonl", {})  # read anew
+        log = Log(cut.out / "log.jsonl", {})  # read anew
         assert log.result(method.name, 1) is None
         assert len(log.history(method.name, 1)) == 5
         training.train(TASK, method, 1, training.make_step(TASK), cut, log)
-        log = training.Log(cut.out / "log.jsonl", {})
+        log = Log(cut.out / "log.jsonl", {})
         resumed = log.result(method.name, 1)
         assert resumed["test"] == expected["test"]
         assert resumed["train_loss"] == expected["train_loss"]
@@ -201,7 +202,7 @@ def test_a_run_that_was_cut_short_ends_as_if_it_had_not(tmp_path):
 def test_compare_tunes_on_one_seed_and_runs_the_best_on_all(tmp_path, monkeypatch):
     methods = training.tuned("A", "constant", (1e-6, 0.1), 12, _given(), {"all": 1.0})
     args = _args(tmp_path)
-    log = training.Log(tmp_path / "log.jsonl", {"steps": "12"})
+    log = Log(tmp_path / "log.jsonl", {"steps": "12"})
     chosen = training.compare(TASK, [*methods, _rule()], args, log)
     assert [method.name for method in chosen] == ["A 0.1", "rule"]
     assert log.result("A 0.1", 1) is not None
@@ -217,7 +218,7 @@ def test_compare_tunes_on_one_seed_and_runs_the_best_on_all(tmp_path, monkeypatc
     }
     # What is in the log is not run again.
     monkeypatch.setattr(training, "train", None)
-    again = training.Log(tmp_path / "log.jsonl", {"steps": "12"})
+    again = Log(tmp_path / "log.jsonl", {"steps": "12"})
     assert [m.name for m in training.compare(TASK, [*methods, _rule()], args, again)] == [
         "A 0.1",
         "rule",
@@ -225,17 +226,17 @@ def test_compare_tunes_on_one_seed_and_runs_the_best_on_all(tmp_path, monkeypatc
 
 
 def test_a_log_of_other_settings_is_refused(tmp_path):
-    training.Log(tmp_path / "log.jsonl", {"steps": "12"})
+    Log(tmp_path / "log.jsonl", {"steps": "12"})
     with pytest.raises(ValueError, match=r"settings \{'steps': '12'\}, not \{'steps': '13'\}"):
-        training.Log(tmp_path / "log.jsonl", {"steps": "13"})
+        Log(tmp_path / "log.jsonl", {"steps": "13"})
 
 
 def test_the_later_row_of_a_step_counts(tmp_path):
-    log = training.Log(tmp_path / "log.jsonl", {})
+    log = Log(tmp_path / "log.jsonl", {})
     rows = [{"method": "a", "seed": 0, "step": n, "loss": float(n)} for n in range(3)]
     log.write(rows)
     log.write([rows[1] | {"loss": 9.0}])
-    read = training.Log(tmp_path / "log.jsonl", {}).history("a", 0)
+    read = Log(tmp_path / "log.jsonl", {}).history("a", 0)
     assert [row["loss"] for row in read] == [0.0, 9.0, 2.0]
     assert all(map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()))
 
