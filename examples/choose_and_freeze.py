@@ -6,8 +6,6 @@ accumulated; then those that are worth most within a budget of parameters go on,
     python examples/choose_and_freeze.py
 """
 
-import functools
-
 import jax
 import numpy as np
 import optax
@@ -49,8 +47,7 @@ def main(steps=300):
         @jax.jit
         def step(trainable, frozen, state, running, batch):  # frozen: an argument, no constant
             loss, grad = jax.value_and_grad(loss_fn)(trainable, frozen, batch)
-            value_fn = functools.partial(loss_fn, frozen=frozen, batch=batch)
-            extra = {"value_fn": value_fn, "value": loss, "grad": grad}
+            extra = {"value_fn": lambda x: loss_fn(x, frozen, batch), "value": loss, "grad": grad}
             updates, state = tx.update(grad, state, trainable, **extra)
             running = hd.influence.accumulate(running, state)
             return optax.apply_updates(trainable, updates), state, running, loss

@@ -1,7 +1,7 @@
 """LoRA in Flax nnx: train the adapters and the head of a trained model, groups by nnx filters.
 
-An MLP learns 8×8 images of digits; then they are turned by 90°, and `nnx.LoRA` in its two hidden
-layers adapts it, groups lora_A / lora_B / head. The kernels below stay as they are.
+An MLP learns 8×8 images of digits; then they are mirrored, and `nnx.LoRA` in its two hidden layers
+adapts it, groups lora_A / lora_B / head. The kernels below stay as they are.
 
     python examples/nnx_lora.py
 """
@@ -58,9 +58,8 @@ def main(steps=300):
     fit(model, nnx.Param, "all", x, y, steps)
     print(f"test accuracy, upright: {np.mean(model(x_test).argmax(1) == y_test):.1%}")
 
-    x, x_test = (np.rot90(images.reshape(-1, 8, 8), axes=(1, 2)) for images in (x, x_test))
-    x, x_test = x.reshape(-1, 64), x_test.reshape(-1, 64)
-    print(f"turned, before LoRA: {np.mean(model(x_test).argmax(1) == y_test):.1%}")
+    x, x_test = (images.reshape(-1, 8, 8)[:, :, ::-1].reshape(-1, 64) for images in (x, x_test))
+    print(f"mirrored, before LoRA: {np.mean(model(x_test).argmax(1) == y_test):.1%}")
     rngs = nnx.Rngs(1)
     model.first = nnx.LoRA(64, 8, 128, base_module=model.first, rngs=rngs)
     model.second = nnx.LoRA(128, 8, 64, base_module=model.second, rngs=rngs)
@@ -68,7 +67,7 @@ def main(steps=300):
     rules = [(nnx.PathContains("lora_a"), "lora_A"), (nnx.PathContains("lora_b"), "lora_B")]
     labels = label_by_filter(model, rules, default="head", wrt=wrt)
     optimizer, losses = fit(model, wrt, labels, x, y, steps)
-    print(f"turned, after LoRA: {np.mean(model(x_test).argmax(1) == y_test):.1%}")
+    print(f"mirrored, after LoRA: {np.mean(model(x_test).argmax(1) == y_test):.1%}")
     for name, rate in optax.tree.get(optimizer.opt_state, "group_learning_rates").items():
         print(f"learning rate of {name}: {rate[...]:.2g} at the peak of the schedule")
     return losses
