@@ -14,7 +14,6 @@ One JSON line per run; what is there is not run again.
 import argparse
 import collections
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,16 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import training
 from pretrained import HELD_BACK, UNSCORED, Source, available
 from rivals import OTHERS, last
 from store import Job, Row, Store, shard
+from tables import markdown, mean_sd
 from tqdm import tqdm
 from workloads import Workload, plain, train
 
 import hidlr_optax as hd
-
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
-import training
 
 BASELINE = "AdamW, tuned"
 CHECKS = 4  # how often a run is evaluated
@@ -329,7 +327,7 @@ def summary(found: dict[str, dict[str, Result]]) -> str:
         ]
         for name in _named(found)
     ]
-    return training.as_table(head, lines)
+    return markdown(head, lines)
 
 
 def by_case(found: dict[str, dict[str, Result]]) -> str:
@@ -339,14 +337,13 @@ def by_case(found: dict[str, dict[str, Result]]) -> str:
         if result is None:
             return ""
         unit, digits = (-0.01, 3) if case in UNSCORED else (1, 1)
-        scores = unit * result.scores
-        return f"{scores.mean():.{digits}f} ± {scores.std():.{digits}f}"
+        return mean_sd(unit * result.scores, digits)
 
     lines = [
         [name, *(cell(case, here.get(name)) for case, here in found.items())]
         for name in _named(found)
     ]
-    return training.as_table(["method", *found], lines)
+    return markdown(["method", *found], lines)
 
 
 def chosen_settings(rows: list[Row], cases: list[str]) -> str:
@@ -355,7 +352,7 @@ def chosen_settings(rows: list[Row], cases: list[str]) -> str:
     for case in cases:
         best = [best_setting(rows, case, prefix) for prefix in WHEN.values()]
         lines.append([case, *(f"{x[0][0]} {x[0][1]:g}, {len(x[1])} seeds" for x in best if x)])
-    return training.as_table(["case", *(f"by the {when} step" for when in WHEN)], lines)
+    return markdown(["case", *(f"by the {when} step" for when in WHEN)], lines)
 
 
 def report(rows: list[Row]) -> None:

@@ -1,21 +1,18 @@
 """A small GPT pretrained on English prose, and the E2E data as it reads them."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import data
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from models import gpt
 from tokenizers import Tokenizer
 from tqdm import tqdm
-
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
-import data
-from models import gpt
 
 PRETRAINING = 800  # steps
 

@@ -5,24 +5,21 @@ computed once and kept in a file, so that a run of hundreds of steps takes secon
 """
 
 import functools
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import data
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 from language import PRETRAINING, encode, language_loss, load_gpt
+from models import bert, gpt, lora, vit
 from workloads import Splits, Workload, by_path
 
 import hidlr_optax as hd
-
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
-import data
-from models import bert, gpt, lora, vit
 
 RANK = 8  # of LoRA
 TRAIN, HELD_OUT = 3000, 300  # examples of snippets and images; twice as many to test as to validate

@@ -1,12 +1,13 @@
-"""Runs as JSON lines: what is there is not run again, and published baselines come with the code.
+"""Results as JSON lines: what is there is not computed again.
 
-A row is a flat dict. The entries named in `Store.fields` and its seed say which run it belongs to.
+`Store` has whole runs, each some flat rows, beside published baselines that come with the code;
+`Log` the steps and the end of each run, `Values` any values by key.
 """
 
 import gzip
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,13 @@ def read(path: Path) -> list[Row]:
     return [json.loads(line) for line in text.decode().splitlines()]
 
 
+def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Adds rows to a file, which is made where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
 def identity(row: Row, fields: tuple[str, ...]) -> tuple[Any, ...]:
     """What tells a run apart; its seed comes last."""
     return tuple(row.get(name) for name in (*fields, "seed"))
@@ -48,7 +56,7 @@ class Store(NamedTuple):
 
     Attributes:
       path: the file to append to.
-      fields: the names that tell runs apart.
+      fields: the names whose entries, with the seed, tell runs apart.
       baselines: the file under `RESULTS` of rows that were published.
     """
 
@@ -86,11 +94,71 @@ class Store(NamedTuple):
         start = time.perf_counter()
         results = job.execute(key["seed"])
         seconds = {"seconds": round(time.perf_counter() - start, 2)}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = [key | result | seconds for result in results]
-        with self.path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        append(self.path, rows)
         return rows
+
+
+class Log:
+    """Steps and results of all runs, in a file of JSON lines; of two rows for a step, the later.
+
+    Raises:
+      ValueError: the file was written under other settings.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]):
+        self.path = path
+        self._steps: dict[tuple[str, int], dict[int, dict[str, Any]]] = {}
+        self._results: dict[tuple[str, int], dict[str, Any]] = {}
+        if not path.exists():
+            append(path, [{"settings": dict(settings)}])
+        for row in read(path):
+            self._add(row)
+            if row.get("settings", settings) != settings:
+                raise ValueError(
+                    f"{path} was written with the settings {row['settings']}, not {settings}: "
+                    "choose another --out, or delete it"
+                )
+
+    def _add(self, row: dict[str, Any]) -> None:
+        if "settings" in row:
+            return
+        run = row["method"], row["seed"]
+        if "step" in row:
+            self._steps.setdefault(run, {})[row["step"]] = row
+        else:
+            self._results[run] = row
+
+    def write(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Adds rows: with "step" those of a step, without it those of a run's end."""
+        append(self.path, rows)
+        for row in rows:
+            self._add(row)
+
+    def history(self, method: str, seed: int) -> list[dict[str, Any]]:
+        """The steps of a run, in order."""
+        steps = self._steps.get((method, seed), {})
+        return [steps[step] for step in sorted(steps)]
+
+    def result(self, method: str, seed: int) -> dict[str, Any] | None:
+        """The end of a run, or None if it has not come to it."""
+        return self._results.get((method, seed))
+
+
+class Values:
+    """What has been computed, by key."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._known = {tuple(row["key"]): row["value"] for row in read(path)}
+
+    def get(self, key: Sequence[Any], compute: Callable[[], Any]) -> Any:
+        """The value of a key, computed if it is not there."""
+        name = tuple(map(str, key))
+        if name not in self._known:
+            self._known[name] = compute()
+            append(self._path, [{"key": name, "value": self._known[name]}])
+        return self._known[name]
 
 
 def shard(text: str) -> slice:

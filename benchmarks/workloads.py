@@ -4,20 +4,16 @@ Every model is a plain dict of arrays and a loss, so that a whole run fits into 
 """
 
 import functools
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import data
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 import hidlr_optax as hd
-
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
-import data
 
 Splits = dict[str, Any]  # "train", "validation", "test" -> a batch that holds the whole split
 

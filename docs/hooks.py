@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = {
     "README.md": "index.md",
     "benchmarks/README.md": "benchmarks.md",
+    "benchmarks/PRETRAINED.md": "pretrained.md",
     "examples/README.md": "examples.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",

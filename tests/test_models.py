@@ -1,5 +1,5 @@
-"""The models of the examples: small random ones for what holds of any weights, and, among the slow
-tests, the trained ones against the implementations that their weights come from."""
+"""The models of the benchmarks: small random ones for what holds of any weights, and, among the
+slow tests, the trained ones against the implementations that their weights come from."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from models import layers, lora
 import hidlr_optax as hd
 from hidlr_optax._paths import leaf_paths
 
-# Where the packages of the examples are not installed, there is nothing to test.
+# Where the packages of the models are not installed, there is nothing to test.
 tokenizers = pytest.importorskip("tokenizers")
 onnx = pytest.importorskip("onnx")
 bert = pytest.importorskip("models.bert")

@@ -6,7 +6,7 @@ and cached. Compares `optax.chain(optax.adamw(1.0), hidlr(...))`, K = 14 and K =
 nothing tuned, with AdamW at a grid of constant, cosine and warmed-up rates, tuned on validation
 data.
 
-    python examples/multitask.py
+    python benchmarks/multitask.py
 """
 
 import argparse

@@ -5,8 +5,8 @@ constant, cosine and warmed-up rates and with LoRA+ (B at sixteen times the rate
 tuned on validation data. By default on the sentiment of snippets of movie reviews; or on a task of
 GLUE in its standard layout (DIR/CoLA/train.tsv and dev.tsv, …).
 
-    python examples/finetune_text.py
-    python examples/finetune_text.py --data-dir DIR --task CoLA
+    python benchmarks/finetune_text.py
+    python benchmarks/finetune_text.py --data-dir DIR --task CoLA
 """
 
 from pathlib import Path

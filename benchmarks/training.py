@@ -1,4 +1,4 @@
-"""What the fine-tuning examples share: methods, one training loop, its log and checkpoints.
+"""What the comparisons on pretrained models share: methods, one training loop, choice of baselines.
 
 Every run is one `Method` on one `Task` with one seed. Baselines are tuned the usual way: a grid of
 rates for each family, on seed 0, the best by validation score; the other seeds run that one alone.
@@ -7,8 +7,6 @@ Runs that are in the log are not run again, and one that was cut short goes on f
 
 import argparse
 import contextlib
-import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,18 +15,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+from checkpoints import Checkpoints
 from flax import nnx
+from store import Log
+from tables import markdown, score
 from tqdm import tqdm
 
 import hidlr_optax as hd
 import hidlr_optax.flax
 import hidlr_optax.plot
-
-try:
-    import orbax.checkpoint as ocp
-except ModuleNotFoundError as error:
-    error.add_note("The fine-tuning examples need the extra `models`: pip install -e '.[models]'")
-    raise
 
 _NOT_SETTINGS = ("out", "seeds", "checkpoint_every")  # what may change from one call to the next
 
@@ -147,95 +142,6 @@ def untuned(rules: Mapping[str, optax.GradientTransformationExtraArgs]) -> list[
     return [Method(name, name, chain) for name, chain in chains.items()]
 
 
-class Log:
-    """Steps and results of all runs, in a file of JSON lines; of two rows for a step, the later.
-
-    Raises:
-      ValueError: the file was written under other settings.
-    """
-
-    def __init__(self, path: Path, settings: Mapping[str, Any]):
-        self.path = path
-        self._steps: dict[tuple[str, int], dict[int, dict[str, Any]]] = {}
-        self._results: dict[tuple[str, int], dict[str, Any]] = {}
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._append([{"settings": dict(settings)}])
-        with path.open() as lines:
-            for row in map(json.loads, lines):
-                self._add(row)
-                if row.get("settings", settings) != settings:
-                    raise ValueError(
-                        f"{path} was written with the settings {row['settings']}, not {settings}: "
-                        "choose another --out, or delete it"
-                    )
-
-    def _add(self, row: dict[str, Any]) -> None:
-        if "settings" in row:
-            return
-        run = row["method"], row["seed"]
-        if "step" in row:
-            self._steps.setdefault(run, {})[row["step"]] = row
-        else:
-            self._results[run] = row
-
-    def _append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        with self.path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-
-    def write(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Adds rows: with "step" those of a step, without it those of a run's end."""
-        self._append(rows)
-        for row in rows:
-            self._add(row)
-
-    def history(self, method: str, seed: int) -> list[dict[str, Any]]:
-        """The steps of a run, in order."""
-        steps = self._steps.get((method, seed), {})
-        return [steps[step] for step in sorted(steps)]
-
-    def result(self, method: str, seed: int) -> dict[str, Any] | None:
-        """The end of a run, or None if it has not come to it."""
-        return self._results.get((method, seed))
-
-
-class Checkpoints:
-    """What a run is resumed from: the trained parameters and the state of the optimizer."""
-
-    def __init__(self, folder: Path, wrt: Any):
-        self._folder, self._wrt = folder.absolute(), wrt
-        self._manager = ocp.CheckpointManager(
-            self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=1)
-        )
-
-    def _arrays(self, model: nnx.Module, optimizer: nnx.Optimizer) -> Any:
-        parts = nnx.state(model, self._wrt), nnx.state(optimizer)
-        return [jax.tree.leaves(part) for part in parts]
-
-    def save(self, step: int, model: nnx.Module, optimizer: nnx.Optimizer) -> None:
-        """After `step` steps."""
-        self._manager.save(step, args=ocp.args.StandardSave(self._arrays(model, optimizer)))
-        self._manager.wait_until_finished()
-
-    def restore(self, model: nnx.Module, optimizer: nnx.Optimizer) -> int:
-        """Sets both to the last checkpoint. Returns its step, or 0 where there is none."""
-        step = self._manager.latest_step()
-        if step is None:
-            return 0
-        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, self._arrays(model, optimizer))
-        arrays = self._manager.restore(step, args=ocp.args.StandardRestore(like))
-        wholes = (model, self._wrt), (optimizer, ...)
-        for (module, part), leaves in zip(wholes, arrays, strict=True):
-            structure = jax.tree.structure(nnx.state(module, part))
-            nnx.update(module, jax.tree.unflatten(structure, leaves))
-        return step
-
-    def close(self) -> None:
-        """Deletes them: the run is over."""
-        self._manager.close()
-        shutil.rmtree(self._folder)
-
-
 def make_step(task: Task) -> Callable[..., dict[str, jax.Array]]:
     """The training step, compiled once for each optimizer."""
 
@@ -341,20 +247,6 @@ def classified(logits: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, float
     return logits.argmax(1), float(losses.mean())
 
 
-def _cell(name: str, values: Sequence[float]) -> str:
-    """Mean ± standard deviation, of anything but a loss in percent."""
-    factor, digits, unit = (1, 3, "") if name == "loss" else (100, 1, " %")
-    mean = f"{factor * np.mean(values):.{digits}f}"
-    spread = f" ± {factor * np.std(values):.{digits}f}" if len(values) > 1 else ""
-    return mean + spread + unit
-
-
-def as_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """As Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
 def table(methods: Sequence[Method], seeds: int, log: Log) -> str:
     """Test scores over the seeds that each method has run with, as Markdown."""
     rows, names = [], []
@@ -362,12 +254,12 @@ def table(methods: Sequence[Method], seeds: int, log: Log) -> str:
         found = [log.result(method.name, seed) for seed in range(seeds)]
         results = [result for result in found if result is not None]
         names = [name for name in results[0]["test"] if name != "score"]
-        tests = [_cell(name, [result["test"][name] for result in results]) for name in names]
-        train_loss = _cell("loss", [result["train_loss"] for result in results])
+        tests = [score(name, [result["test"][name] for result in results]) for name in names]
+        train_loss = score("loss", [result["train_loss"] for result in results])
         seconds = np.median([result["seconds"] for result in results])
         rows.append([method.name, len(results), *tests, train_loss, f"{seconds:.0f}"])
     head = ["method", "seeds", *(f"test {name}" for name in names), "train loss", "seconds"]
-    return as_table(head, rows)
+    return markdown(head, rows)
 
 
 def draw(chosen: Sequence[Method], log: Log, out: Path) -> None:
@@ -431,7 +323,7 @@ def main(task: Task, methods: Sequence[Method], args: Any) -> None:
 
 
 def arguments(description: str | None, out: str, steps: int) -> argparse.ArgumentParser:
-    """The options that the examples share."""
+    """The options that they share."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

