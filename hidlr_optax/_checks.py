@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from hidlr_optax._groups import OUTSIDE, Groups, wide
+from hidlr_optax._groups import OUTSIDE, wide
 from hidlr_optax._hold import Hold
 from hidlr_optax._paths import leaf_paths
 from hidlr_optax._solvers import Solver
+from hidlr_optax._step_loss import StepLoss
 from hidlr_optax.curvature import Estimator, Probes
 
 LossFn = Callable[[Any, Any], jax.Array]
@@ -132,14 +133,10 @@ def check_slope(
         )
 
 
-def check_scalar(
-    loss: ValueFn, groups: Groups, params: Any, direction: Any, no_batch: bool
-) -> None:
+def check_scalar(step_loss: StepLoss, no_batch: bool) -> None:
     """Traces the loss once, so that what is wrong with it is said here and not inside a vmap."""
     try:
-        out = jax.eval_shape(
-            lambda: loss(groups.step(params, direction, jnp.zeros(len(groups), jnp.float32)))
-        )
+        out = jax.eval_shape(step_loss.start)
     except Exception as error:
         if no_batch:
             raise ValueError(

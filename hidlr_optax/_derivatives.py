@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from hidlr_optax._groups import Groups
 from hidlr_optax._measurement import RESOLUTION, Measurement, check_batch_size, evaluate
 from hidlr_optax._quadratic import Quadratic
+from hidlr_optax._step_loss import StepLoss
 
 
 def _products(
@@ -58,10 +58,7 @@ class Hessian:
 
     def estimate(
         self,
-        loss: Callable[[Any], jax.Array],
-        params: Any,
-        direction: Any,
-        groups: Groups,
+        step_loss: StepLoss,
         rates: jax.Array,
         *,
         slope: jax.Array | None = None,
@@ -69,9 +66,10 @@ class Hessian:
     ) -> Measurement:
         """The Hessian of x ↦ L(w + Σ x_k u_k) at zero, K tangents of its gradient."""
         del unused
-        along = jax.grad(lambda offset: loss(groups.step(params, direction, offset)))
-        gradient, product = _linearize(along, rates, "hessian() needs a twice differentiable loss")
-        matrix = _products(product, len(groups), self.batch_size)
+        gradient, product = _linearize(
+            jax.grad(step_loss), rates, "hessian() needs a twice differentiable loss"
+        )
+        matrix = _products(product, len(rates), self.batch_size)
         return _measurement(-gradient if slope is None else slope, matrix)
 
 
@@ -93,10 +91,7 @@ class GaussNewton:
 
     def estimate(
         self,
-        loss: Callable[[Any], jax.Array],
-        params: Any,
-        direction: Any,
-        groups: Groups,
+        step_loss: StepLoss,
         rates: jax.Array,
         *,
         slope: jax.Array | None = None,
@@ -104,9 +99,9 @@ class GaussNewton:
         **unused: Any,
     ) -> Measurement:
         """The Hessian of x ↦ output_loss(o + Jx), outputs linear in the rates."""
-        del loss, unused
+        del unused
         outputs, product = _linearize(
-            lambda offset: self.model_fn(groups.step(params, direction, offset), batch),
+            lambda offset: self.model_fn(step_loss.end(offset), batch),
             rates,
             "gauss_newton() needs a model_fn that is differentiable in forward mode",
         )
@@ -116,7 +111,7 @@ class GaussNewton:
                 "output_loss(model_fn(params, batch), batch) has to be the loss, a real scalar; "
                 f"got {found}"
             )
-        tangents = _products(product, len(groups), self.batch_size)
+        tangents = _products(product, len(rates), self.batch_size)
 
         def linearised(offset: jax.Array) -> jax.Array:
             def moved(output: jax.Array, tangent: jax.Array) -> jax.Array:
@@ -152,10 +147,7 @@ class Secant:
 
     def estimate(
         self,
-        loss: Callable[[Any], jax.Array],
-        params: Any,
-        direction: Any,
-        groups: Groups,
+        step_loss: StepLoss,
         rates: jax.Array,
         *,
         slope: jax.Array | None = None,
@@ -163,13 +155,10 @@ class Secant:
     ) -> Measurement:
         """The slope lost over the step with these rates: (Aη)_k = b_k − b_k(η)."""
         del unused
-
-        def along(offset: jax.Array) -> jax.Array:
-            return loss(groups.step(params, direction, offset))
-
+        gradient = jax.grad(step_loss)
         try:
-            start = -jax.grad(along)(jnp.zeros_like(rates)) if slope is None else slope
-            end = -jax.grad(along)(rates)
+            start = -gradient(jnp.zeros_like(rates)) if slope is None else slope
+            end = -gradient(rates)
         except (TypeError, ValueError, NotImplementedError) as error:
             message = f"secant() needs a differentiable loss; JAX says: {error}."
             raise ValueError(f"{message} parabola() and probes() evaluate only.") from error

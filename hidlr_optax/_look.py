@@ -4,7 +4,6 @@ By default it looks back along the last step with the present batch, which that 
 one forward pass where it began; the loss and slope where it ended are known.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +32,7 @@ from hidlr_optax._hold import (
 from hidlr_optax._measurement import RESOLUTION
 from hidlr_optax._quadratic import Kept, Quadratic, influence
 from hidlr_optax._state import HiDLRState
+from hidlr_optax._step_loss import StepLoss
 
 _TINY = 1e-30
 
@@ -41,32 +41,30 @@ class Call(NamedTuple):
     """What one call of `update` brings.
 
     Attributes:
-      loss: params -> scalar.
-      params: w.
-      updates: u.
+      coming: the loss along the coming step.
       previous: u of the last update, or None where it is not kept.
-      groups: the K groups.
       batch: of the loss.
-      value: the loss at `params`, or None.
+      value: the loss before that step, or None.
       grad: its gradient, or None.
     """
 
-    loss: Callable[[Any], jax.Array]
-    params: Any
-    updates: Any
+    coming: StepLoss
     previous: Any
-    groups: Groups
     batch: Any
     value: jax.Array | None
     grad: Any
 
-    def at(self, direction: Any, rates: jax.Array) -> jax.Array:
-        """The loss after a step along a direction with (K,) rates, in the type that it has."""
-        return self.loss(self.groups.step(self.params, direction, rates))
+    @property
+    def updates(self) -> Any:
+        return self.coming.direction
 
-    def slope(self, direction: Any) -> jax.Array:
-        """b_k = −⟨∇L_k, u_k⟩ along a direction: (K,) float32."""
-        return -self.groups.inner(self.grad, direction).astype(jnp.float32)
+    @property
+    def groups(self) -> Groups:
+        return self.coming.groups
+
+    def slope(self, step_loss: StepLoss) -> jax.Array:
+        """b_k = −⟨∇L_k, u_k⟩ along a step: (K,) float32."""
+        return step_loss.slope(self.grad).astype(jnp.float32)
 
     def inner(self, left: Any, right: Any) -> jax.Array:
         """⟨left, right⟩ over all groups: () float32."""
@@ -101,13 +99,13 @@ class Step(NamedTuple):
     """A step along which the loss is measured.
 
     Attributes:
-      direction: u.
+      along: the loss along it.
       taken: η, (K,), its rates, schedule included.
       slope: b, (K,), at the present parameters.
       sign: −1 where it ends at them, 1 where it begins.
     """
 
-    direction: Any
+    along: StepLoss
     taken: jax.Array
     slope: jax.Array
     sign: int
@@ -141,7 +139,7 @@ def held(state: HiDLRState, call: Call, rule: Rule) -> HiDLRState:
     """The state after an update; `direction` is left to the caller."""
     progress = state.progress
     progress = progress._replace(peak=jnp.maximum(progress.peak, jnp.abs(rule.factor)))
-    same = None if call.grad is None else call.slope(call.updates)
+    same = None if call.grad is None else call.slope(call.coming)
     alarm = jnp.zeros((), bool)
     if same is not None:
         coming = call.groups.pack(state.group_learning_rates) * jnp.abs(rule.factor)
@@ -161,7 +159,7 @@ def _refreshed(state: HiDLRState, call: Call, rule: Rule, same: jax.Array | None
     groups = call.groups
     value = call.value
     if value is None:
-        value = call.at(call.updates, jnp.zeros(len(groups)))
+        value = call.coming.start()
         state = state._replace(progress=watch(state.progress, value.astype(jnp.float32)))
     rates = groups.pack(state.group_learning_rates)
     begins = (state.progress.looks == 0) & rule.finding
@@ -214,7 +212,7 @@ def _part(
 
     def shorter(tried: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, jax.Array, jax.Array]:
         part, _, tries = tried
-        ahead = -_fall(value, call.at(call.updates, part * taken))
+        ahead = -_fall(value, call.coming(part * taken))
         less = shortened(state.progress, ahead, part * descent, value.astype(jnp.float32))
         return part * less, less < 1, tries + 1
 
@@ -258,7 +256,7 @@ def _preconditioned(call: Call, measured: Measured) -> jax.Array:
         return jnp.zeros((), jnp.float32)
     updates, grad = call.updates, call.grad
     unknown = call.previous is None
-    before = optax.tree.zeros_like(updates) if unknown else measured.step.direction
+    before = optax.tree.zeros_like(updates) if unknown else measured.step.along.direction
     return preconditioned(
         direction=call.inner(updates, updates),
         previous=call.inner(before, before),
@@ -312,16 +310,17 @@ def _measure(
             lambda old, new: old.astype(new.dtype), call.previous, call.updates
         )
         taken = groups.pack(state.group_learning_rates) * state.schedule_factor
-        step = Step(direction, taken, call.slope(direction), -1)
-        probe = call.at(direction, -taken)
+        last = call.coming.along(direction)
+        step = Step(last, taken, call.slope(last), -1)
+        probe = last(-taken)
     else:
         taken = rates * rule.factor
-        probe = call.at(call.updates, taken)
+        probe = call.coming(taken)
         if same is None:
             # The odd part of the loss is all that can be told of slopes, so groups share it.
-            odd = _fall(call.at(call.updates, -taken), probe) / 2
+            odd = _fall(call.coming(-taken), probe) / 2
             same = jnp.full(len(rates), odd / _nonzero(jnp.sum(taken)))
-        step = Step(call.updates, taken, same, 1)
+        step = Step(call.coming, taken, same, 1)
     won = step.sign * _fall(value, probe)
     descent = step.taken @ step.slope
     curvature = 2 * step.sign * (descent - won)
@@ -366,10 +365,7 @@ def _divided(
 
     def measured() -> jax.Array:
         found = rule.estimator.estimate(
-            call.loss,
-            call.params,
-            step.direction,
-            groups,
+            step.along,
             step.sign * taken,
             value=call.value,
             slope=None if call.grad is None else step.slope,

@@ -11,6 +11,7 @@ from hidlr_optax._groups import Groups
 from hidlr_optax._quadratic import Kept, Quadratic
 from hidlr_optax._solvers import diagonal, vertices
 from hidlr_optax._state import initial_rates
+from hidlr_optax._step_loss import StepLoss
 from hidlr_optax._transform import trust
 from hidlr_optax.curvature import Estimator, Measurement, probes
 
@@ -107,13 +108,13 @@ def suggest(
         raise ValueError(f"rounds must be 1 or more, got {rounds}")
     groups = Groups.of(param_labels, params)
     check_like(direction, params, "direction")
-    loss = bind_loss(loss_fn, None, batch, {})
-    check_scalar(loss, groups, params, direction, no_batch=batch is None)
+    step_loss = StepLoss(bind_loss(loss_fn, None, batch, {}), params, direction, groups)
+    check_scalar(step_loss, no_batch=batch is None)
     rates = groups.pack(initial_rates(init_learning_rate, groups.names))
 
     @jax.jit
     def one_round(rates: jax.Array) -> tuple[Measurement, jax.Array, jax.Array]:
-        measured = curvature.estimate(loss, params, direction, groups, rates, batch=batch)
+        measured = curvature.estimate(step_loss, rates, batch=batch)
         return measured, *vertices(measured.quadratic, _trust(measured))
 
     measured, found, kept = one_round(rates)
@@ -121,7 +122,7 @@ def suggest(
         rates = _next_scale(rates, found, kept)
         measured, found, kept = one_round(rates)
     rates = jnp.where(kept == Kept.NO, found, rates)
-    joint = jax.jit(lambda offset: loss(groups.step(params, direction, offset)))
+    joint = jax.jit(step_loss)
     return Suggestion(
         labels=groups.names,
         learning_rates=dict(zip(groups.names, map(float, rates), strict=True)),

@@ -26,6 +26,7 @@ from hidlr_optax._quadratic import Kept, Quadratic, average, influence
 from hidlr_optax._safety import afloat, cut, first_rates
 from hidlr_optax._solvers import Solver
 from hidlr_optax._state import HiDLRState, initial_rates, initial_state
+from hidlr_optax._step_loss import StepLoss
 from hidlr_optax.curvature import Estimator, Measurement, probes, secant
 
 
@@ -113,21 +114,19 @@ def _at_start(measured: Measurement, travelled: jax.Array) -> Measurement:
 def _guarded(
     refreshed: HiDLRState,
     rates: jax.Array,
-    loss: Callable[[Any], jax.Array],
-    params: Any,
-    updates: Any,
+    step_loss: StepLoss,
     value: jax.Array,
     slope: jax.Array | None,
-    groups: Groups,
     max_rise: float,
 ) -> HiDLRState:
     """The refreshed state, its rates neither lost nor such that the coming step does harm.
 
     The step is judged at full rates, as it will be after warm-up.
     """
+    groups, updates = step_loss.groups, step_loss.direction
     quadratic = Quadratic(groups.pack(refreshed.slope), groups.pack(refreshed.curvature))
     rates = afloat(groups.pack(refreshed.group_learning_rates), rates, quadratic, value)
-    after = loss(groups.step(params, updates, rates))
+    after = step_loss(rates)
     dtype = wide(after.dtype)
     change = (after.astype(dtype) - value.astype(dtype)).astype(jnp.float32)
     factor = cut(rates, change, value.astype(jnp.float32), slope, max_rise)
@@ -268,7 +267,8 @@ def hidlr(
         check_slope(slope, curvature, init_learning_rate, grad, params)
         loss = bind_loss(loss_fn, value_fn, batch, extra_args)
         no_batch = batch is None and value_fn is None
-        check_scalar(loss, groups, params, updates, no_batch)
+        step_loss = StepLoss(loss, params, updates, groups)
+        check_scalar(step_loss, no_batch)
         value = usable_value(value, params)
 
         interval = jnp.asarray(update_interval).astype(jnp.int32)
@@ -280,19 +280,18 @@ def hidlr(
         def refreshed(solver: Solver) -> HiDLRState:
             at = value
             if at is None:
-                at = loss(groups.step(params, updates, jnp.zeros(len(groups))))
-            present = None if grad is None else -groups.inner(grad, updates)
+                at = step_loss.start()
+            present = None if grad is None else step_loss.slope(grad)
             taken = rates = groups.pack(state.group_learning_rates)
             if present is not None:
                 begins = (state.refreshes == 0) & (length > 0)
                 rates = jnp.where(begins, first_rates(rates, at, present), rates)
-            along = _previous(state, updates) if slope == "lagged" else updates
-            known = None if grad is None or slope == "probes" else -groups.inner(grad, along)
+            along = step_loss
+            if slope == "lagged":
+                along = step_loss.along(_previous(state, updates))
+            known = None if grad is None or slope == "probes" else along.slope(grad)
             measured = curvature.estimate(
-                loss,
-                params,
                 along,
-                groups,
                 rates,
                 value=at,
                 slope=known,
@@ -306,7 +305,7 @@ def hidlr(
             new = _refresh(scalars, rates, measured, groups, solver)
             if solver.max_rise is None:
                 return new
-            return _guarded(new, rates, loss, params, updates, at, present, groups, solver.max_rise)
+            return _guarded(new, rates, step_loss, at, present, solver.max_rise)
 
         finding = state.count < length
         due = ((state.count % interval == 0) | finding) & jnp.asarray(refresh)
@@ -325,7 +324,7 @@ def hidlr(
             )
             previous = state.direction if slope == "lagged" else None
             gradient = None if slope == "probes" else grad
-            call = Call(loss, params, updates, previous, groups, batch, value, gradient)
+            call = Call(step_loss, previous, batch, value, gradient)
             new = held(scalars, call, rule)
         else:
             new = refresh_if(due, functools.partial(refreshed, solver), scalars)

@@ -1,12 +1,11 @@
 """Estimators: from losses along the group steps to the quadratic in the learning rates.
 
-An estimator is a frozen, hashable value with a method `estimate(loss, params, direction, groups,
-rates, ...) -> Measurement`. It knows nothing of solvers, averages or training loops. `couples` says
+An estimator is a frozen, hashable value with a method `estimate(step_loss, rates, ...) ->
+Measurement`. It knows nothing of solvers, averages or training loops. `couples` says
 whether it measures A_kl between groups, `separates` whether it tells them apart at all.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -21,10 +20,11 @@ from hidlr_optax._derivatives import (
     hessian,
     secant,
 )
-from hidlr_optax._groups import Groups, wide
+from hidlr_optax._groups import wide
 from hidlr_optax._measurement import RESOLUTION, Measurement, check_batch_size, evaluate
 from hidlr_optax._parabola import Parabola, parabola
 from hidlr_optax._quadratic import Quadratic, fit_axes, fit_joint
+from hidlr_optax._step_loss import StepLoss
 
 __all__ = [
     "Estimator",
@@ -121,10 +121,7 @@ class Probes:
 
     def estimate(
         self,
-        loss: Callable[[Any], jax.Array],
-        params: Any,
-        direction: Any,
-        groups: Groups,
+        step_loss: StepLoss,
         rates: jax.Array,
         *,
         slope: jax.Array | None = None,
@@ -136,15 +133,12 @@ class Probes:
         """Probes the loss group by group, or jointly, and fits slope and curvature.
 
         Args:
-          loss: params -> scalar. Called with parameters in float32 or wider.
-          params: w.
-          direction: u, like params.
-          groups: the K groups.
+          step_loss: ℓ, the loss along the K group steps.
           rates: η, (K,), the current rates.
           slope: b, (K,), where known from the gradient; fitted otherwise.
-          value: the loss at `params`, where known; evaluated otherwise.
+          value: ℓ(0), where known; evaluated otherwise.
           expected: what was found so far, which sets how far to probe; None: at the current rates.
-          batch: not used, `loss` knows it.
+          batch: not used, `step_loss` knows it.
           step: changes the gaussian draws from refresh to refresh.
 
         Returns:
@@ -152,21 +146,19 @@ class Probes:
         """
         del batch
         if value is None:
-            value = loss(groups.step(params, direction, jnp.zeros_like(rates)))
+            value = step_loss.start()
         unit = rates if expected is None else self.reach(rates, slope, value, expected)
-        points = self.points(len(groups), step)
+        points = self.points(len(rates), step)
         offsets = points * unit
-        losses: jax.Array = evaluate(
-            lambda offset: loss(groups.step(params, direction, offset)), offsets, self.batch_size
-        )
+        losses: jax.Array = evaluate(step_loss, offsets, self.batch_size)
         eps = jnp.finfo(losses.dtype).eps
         losses = losses.astype(wide(losses.dtype))
         changes = losses - value.astype(losses.dtype)
         scaled = self._fit(points, changes, slope, unit)
-        rounding = RESOLUTION * float(eps) * self._largest(losses, value, len(groups))
+        rounding = RESOLUTION * float(eps) * self._largest(losses, value, len(rates))
         return Measurement(
             quadratic=scaled.scaled(1 / unit),
-            resolved=self._largest(changes, jnp.zeros(()), len(groups)) > rounding,
+            resolved=self._largest(changes, jnp.zeros(()), len(rates)) > rounding,
             floor=rounding / unit**2,
             offsets=offsets,
             changes=changes.astype(jnp.float32),

@@ -16,6 +16,7 @@ import hidlr_optax as hd
 from hidlr_optax._groups import Groups
 from hidlr_optax._quadratic import Kept, Quadratic
 from hidlr_optax._solvers import minimise_in_box
+from hidlr_optax._step_loss import StepLoss
 
 # The curvature between groups.
 
@@ -87,9 +88,8 @@ def _matrix(quadratic):
 
 def _measure(estimator, **kwargs):
     rates = jnp.full(len(_GROUPS), 0.1)
-    return estimator.estimate(
-        lambda p: _loss(p, _BATCH), _PARAMS, _DIRECTION, _GROUPS, rates, batch=_BATCH, **kwargs
-    )
+    step_loss = StepLoss(lambda p: _loss(p, _BATCH), _PARAMS, _DIRECTION, _GROUPS)
+    return estimator.estimate(step_loss, rates, batch=_BATCH, **kwargs)
 
 
 @pytest.mark.parametrize("batch_size", [None, 1, 2])

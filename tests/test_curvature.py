@@ -12,6 +12,7 @@ from support import bare, bare_ulr
 
 import hidlr_optax as hd
 from hidlr_optax._groups import Groups
+from hidlr_optax._step_loss import StepLoss
 
 try:
     from jax import enable_x64
@@ -77,10 +78,7 @@ def random_hessian(rng, blocks=False):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _estimate(estimator, loss, data, params, direction, rates, slope=None, value=None, step=0):
     return estimator.estimate(
-        lambda p: loss(p, data),
-        params,
-        direction,
-        Groups.of(LABELS, params),
+        StepLoss(lambda p: loss(p, data), params, direction, Groups.of(LABELS, params)),
         rates,
         slope=slope,
         value=value,
