@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,17 +31,10 @@ def _linearize(fn: Callable[[jax.Array], Any], rates: jax.Array, needs: str) -> 
 
 
 def _measurement(slope: jax.Array, matrix: jax.Array) -> Measurement:
-    """From derivatives, where nothing is lost in the rounding of a difference of losses."""
-    num_groups = len(slope)
     matrix = ((matrix + matrix.T) / 2).astype(jnp.float32)
     diagonal = jnp.diagonal(matrix)
-    return Measurement(
-        quadratic=Quadratic(slope.astype(jnp.float32), diagonal, matrix - jnp.diag(diagonal)),
-        resolved=jnp.ones(num_groups, bool),
-        floor=jnp.zeros(num_groups, jnp.float32),
-        offsets=jnp.zeros((0, num_groups), jnp.float32),
-        changes=jnp.zeros(0, jnp.float32),
-    )
+    quadratic = Quadratic(slope.astype(jnp.float32), diagonal, matrix - jnp.diag(diagonal))
+    return Measurement.exact(quadratic)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +46,8 @@ class Hessian:
     """
 
     batch_size: int | None
-    couples: ClassVar[bool] = True
-    separates: ClassVar[bool] = True
+    couples = True
+    separates = True
 
     def estimate(
         self,
@@ -86,8 +79,8 @@ class GaussNewton:
     model_fn: Callable[[Any, Any], Any]
     output_loss: Callable[[Any, Any], jax.Array]
     batch_size: int | None
-    couples: ClassVar[bool] = True
-    separates: ClassVar[bool] = True
+    couples = True
+    separates = True
 
     def estimate(
         self,
@@ -142,8 +135,8 @@ class GaussNewton:
 class Secant:
     """The estimator made by `secant`."""
 
-    couples: ClassVar[bool] = False  # the coupling is in the row sums, but not by itself
-    separates: ClassVar[bool] = True
+    couples = False  # the coupling is in the row sums, but not by itself
+    separates = True
 
     def estimate(
         self,

@@ -93,13 +93,13 @@ class Look(NamedTuple):
     """What one look along a step saw: () float32 each.
 
     Attributes:
-      taken: the joint rate of the step, schedule included.
+      rate: the joint rate of the step, schedule included.
       slope: F, the decrease of the loss over the step by the slope at its start.
       curvature: C.
       same: S, the decrease over the coming step by its slope on the batch that made it.
     """
 
-    taken: jax.Array
+    rate: jax.Array
     slope: jax.Array
     curvature: jax.Array
     same: jax.Array
@@ -187,17 +187,17 @@ def watch(progress: Progress, loss: jax.Array) -> Progress:
 
 def look(progress: Progress, seen: Look, preconditioned: jax.Array, finding: jax.Array) -> Progress:
     """Averages in one look, each part bounded by a few times what is known so far."""
-    unit = jnp.maximum(seen.taken, _TINY)
+    unit = jnp.maximum(seen.rate, _TINY)
     same, slope, curvature = seen.same / unit, seen.slope / unit, seen.curvature / unit**2
-    known = jnp.maximum(jnp.where(progress.looks < 1, same, progress.same), _TINY)
+    size = jnp.maximum(jnp.where(progress.looks < 1, same, progress.same), _TINY)
     count, decay = progress.looks, decay_of(finding)
     slow = jnp.maximum(decay, _SLOPE_DECAY)
     return progress._replace(
-        same=averaged(progress.same, jnp.clip(same, -known, 3 * known), count, slow),
-        slope=averaged(progress.slope, jnp.clip(slope, -3 * known, 3 * known), count, slow),
+        same=averaged(progress.same, jnp.clip(same, -size, 3 * size), count, slow),
+        slope=averaged(progress.slope, jnp.clip(slope, -3 * size, 3 * size), count, slow),
         curvature=averaged(
             progress.curvature,
-            jnp.clip(curvature, -2 * known / unit, 4 * known / unit),
+            jnp.clip(curvature, -2 * size / unit, 4 * size / unit),
             count,
             decay,
         ),
@@ -222,8 +222,8 @@ def ratios(progress: Progress, seen: Look) -> Ratios:
     warms up, as far as the step would go at its peak.
     """
     share = jnp.maximum(progress.slope, _LEAST_SHARE * jnp.maximum(progress.same, _TINY))
-    present = seen.curvature / jnp.maximum(seen.taken, _TINY) / share
-    average = progress.curvature * seen.taken / share
+    present = seen.curvature / jnp.maximum(seen.rate, _TINY) / share
+    average = progress.curvature * seen.rate / share
     peak = jnp.where(progress.peak > 0, progress.peak, 1)  # a schedule may begin at zero
     most = 1e6  # slopes that cancel leave a share of nothing
     return Ratios(jnp.clip(average / peak, -most, most), jnp.clip(present / peak, -most, most))

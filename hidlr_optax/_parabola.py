@@ -1,7 +1,7 @@
 """The estimator that evaluates the joint step alone: one forward pass, whatever the loss is."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ from hidlr_optax._step_loss import StepLoss
 class Parabola:
     """The estimator made by `parabola`."""
 
-    couples: ClassVar[bool] = False
-    separates: ClassVar[bool] = False
+    couples = False
+    separates = False
 
     def estimate(
         self,

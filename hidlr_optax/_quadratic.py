@@ -42,7 +42,7 @@ class Quadratic(NamedTuple):
 class Kept(enum.IntEnum):
     """Why a refresh left a group's learning rate as it was.
 
-    NO (0): it did not, the rate is new. NON_FINITE (1): a loss, gradient or update was NaN or
+    UPDATED (0): it did not, the rate is new. NON_FINITE (1): a loss, gradient or update was NaN or
     infinite. UNRESOLVED (2): the group's probes change the loss by less than its floating-point
     type resolves. NOT_CONVEX (3): the curvature is negative or zero, so the quadratic has no
     minimum. NO_SLOPE (4): the group's gradient or update is zero, and nothing asks for a rate.
@@ -50,7 +50,7 @@ class Kept(enum.IntEnum):
     step as a whole goes uphill on the batch that made it.
     """
 
-    NO = 0
+    UPDATED = 0
     NON_FINITE = 1
     UNRESOLVED = 2
     NOT_CONVEX = 3

@@ -6,7 +6,7 @@ looks at it before a step is taken; nothing else in the package calls the loss.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,3 +65,60 @@ class StepLoss:
     def along(self, direction: Any) -> "StepLoss":
         """The same loss, from the same parameters, along another direction."""
         return dataclasses.replace(self, direction=direction)
+
+
+@dataclasses.dataclass(frozen=True)
+class SlopeSource:
+    """What a value of `slope=` stands for.
+
+    Attributes:
+      name: the value.
+      looks_back: slopes are taken along the previous step, whose direction the state keeps.
+      uses_gradient: slopes come from the gradient where one is given; else they are fitted.
+      needs_gradient: `update` has to be given the gradient.
+    """
+
+    name: str | None
+    looks_back: bool
+    uses_gradient: bool
+    needs_gradient: bool
+
+
+_SLOPE_SOURCES = (
+    SlopeSource("lagged", looks_back=True, uses_gradient=True, needs_gradient=True),
+    SlopeSource("gradient", looks_back=False, uses_gradient=True, needs_gradient=True),
+    SlopeSource("probes", looks_back=False, uses_gradient=False, needs_gradient=False),
+    SlopeSource(None, looks_back=False, uses_gradient=True, needs_gradient=False),
+)
+SLOPE_SOURCES = {source.name: source for source in _SLOPE_SOURCES}
+
+
+class Evidence(NamedTuple):
+    """What one call of `update` says about the loss.
+
+    Attributes:
+      coming: the loss along the coming step.
+      previous: the direction of the last step as the state keeps it; None where it does not.
+      value: the loss at the parameters; None where it is not known (yet).
+      grad: its gradient, or None.
+      batch: of the loss.
+    """
+
+    coming: StepLoss
+    previous: Any
+    value: Any
+    grad: Any
+    batch: Any
+
+    def last(self) -> StepLoss:
+        """The loss along the direction of the last step, from where that step has led."""
+        kept, new = self.previous, self.coming.direction
+        return self.coming.along(jax.tree.map(lambda old, u: old.astype(u.dtype), kept, new))
+
+    def valued(self) -> "Evidence":
+        """The same with the loss at the parameters, evaluated where it was not given."""
+        return self._replace(value=self.coming.start()) if self.value is None else self
+
+    def slope(self, step_loss: StepLoss) -> jax.Array | None:
+        """The slopes along a step at the parameters, (K,); None without a gradient."""
+        return None if self.grad is None else step_loss.slope(self.grad)

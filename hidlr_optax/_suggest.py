@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hidlr_optax._checks import bind_loss, check_arguments, check_like, check_scalar
+from hidlr_optax._arguments import bind_loss, check_arguments, check_like, check_scalar
 from hidlr_optax._groups import Groups
+from hidlr_optax._measurement import Estimator, Measurement, measure
 from hidlr_optax._quadratic import Kept, Quadratic
-from hidlr_optax._solvers import diagonal, vertices
 from hidlr_optax._state import initial_rates
 from hidlr_optax._step_loss import StepLoss
-from hidlr_optax._transform import trust
-from hidlr_optax.curvature import Estimator, Measurement, probes
+from hidlr_optax.curvature import probes
+from hidlr_optax.solvers import diagonal, parabola_minima
 
 _ROUND_CHANGE = 100.0
 
@@ -45,14 +45,14 @@ class Suggestion(NamedTuple):
 
 def _trust(measured: Measurement) -> jax.Array:
     """(K,) of `Kept`. A search can go on where slope or curvature are lost in rounding."""
-    kept = trust(measured)
+    kept = measured.statuses()
     lost = (kept == Kept.NO_SLOPE) | (jnp.abs(measured.quadratic.curvature) < measured.floor)
     return jnp.where(lost & (kept != Kept.NON_FINITE), Kept.UNRESOLVED, kept)
 
 
 def _next_scale(rates: jax.Array, found: jax.Array, kept: jax.Array) -> jax.Array:
     """Where to probe in the next round, at most a hundred times away."""
-    scale = jnp.where(kept == Kept.NO, jnp.abs(found), rates)
+    scale = jnp.where(kept == Kept.UPDATED, jnp.abs(found), rates)
     scale = jnp.where(kept == Kept.UNRESOLVED, rates * _ROUND_CHANGE, scale)
     scale = jnp.where(kept == Kept.NON_FINITE, rates / _ROUND_CHANGE, scale)
     return jnp.clip(scale, rates / _ROUND_CHANGE, rates * _ROUND_CHANGE)
@@ -114,14 +114,14 @@ def suggest(
 
     @jax.jit
     def one_round(rates: jax.Array) -> tuple[Measurement, jax.Array, jax.Array]:
-        measured = curvature.estimate(step_loss, rates, batch=batch)
-        return measured, *vertices(measured.quadratic, _trust(measured))
+        measured = measure(curvature, step_loss, rates, batch=batch)
+        return measured, *parabola_minima(measured.quadratic, _trust(measured))
 
     measured, found, kept = one_round(rates)
     for _ in range(rounds - 1):
         rates = _next_scale(rates, found, kept)
         measured, found, kept = one_round(rates)
-    rates = jnp.where(kept == Kept.NO, found, rates)
+    rates = jnp.where(kept == Kept.UPDATED, found, rates)
     joint = jax.jit(step_loss)
     return Suggestion(
         labels=groups.names,

@@ -6,7 +6,7 @@ whether it measures A_kl between groups, `separates` whether it tells them apart
 """
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,13 @@ from hidlr_optax._derivatives import (
     secant,
 )
 from hidlr_optax._groups import wide
-from hidlr_optax._measurement import RESOLUTION, Measurement, check_batch_size, evaluate
+from hidlr_optax._measurement import (
+    RESOLUTION,
+    Estimator,
+    Measurement,
+    check_batch_size,
+    evaluate,
+)
 from hidlr_optax._parabola import Parabola, parabola
 from hidlr_optax._quadratic import Quadratic, fit_axes, fit_joint
 from hidlr_optax._step_loss import StepLoss
@@ -34,6 +40,7 @@ __all__ = [
     "Parabola",
     "Probes",
     "Secant",
+    "StepLoss",
     "gauss_newton",
     "hessian",
     "parabola",
@@ -44,7 +51,7 @@ __all__ = [
 _EVEN_PART = 2e-3  # of the loss: what a pair of probes at ±h is to change it by, 2·½ a h²
 _LINEAR_PART = 1e-2  # of the loss, by the slope, where the curvature is not known yet
 _SHORTEST, _LONGEST = 10.0, 30.0  # how much nearer or further than the current rate
-_UNKNOWN_SCALE = 1e6
+_UNKNOWN_SCALE = 1e6  # the same, by the slope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +70,8 @@ class Probes:
     batch_size: int | None
     seed: int
 
-    couples: ClassVar[bool] = False  # joint draws meet the coupling, but do not fit it
-    separates: ClassVar[bool] = True
+    couples = False  # joint draws meet the coupling, but do not fit it
+    separates = True
 
     @property
     def fits_slope(self) -> bool:
@@ -81,7 +88,7 @@ class Probes:
         return (steps // 2 * np.where(steps % 2, -1.0, 1.0)).astype(np.float32)
 
     def points(self, num_groups: int, step: jax.Array | int) -> jax.Array:
-        """(n, K): where to probe, in units of the reach."""
+        """(n, K): where to probe, in units of the probe scale."""
         if self.design == "axis":
             return jnp.asarray(
                 np.kron(np.eye(num_groups), self._axis_points()[:, None]), jnp.float32
@@ -89,7 +96,7 @@ class Probes:
         key = jax.random.fold_in(jax.random.key(self.seed), step)
         return jax.random.normal(key, (self.forward_passes(num_groups), num_groups), jnp.float32)
 
-    def reach(
+    def probe_scale(
         self, rates: jax.Array, slope: jax.Array | None, value: jax.Array, expected: Quadratic
     ) -> jax.Array:
         """How far to probe each group, (K,): where the loss changes by a small, resolvable part.
@@ -108,16 +115,16 @@ class Probes:
             return rates
         rates = jnp.abs(rates)  # axis probes lie to either side
         size = jnp.abs(value).astype(jnp.float32)
-        unknown = rates
+        by_slope = rates
         if slope is not None:
             steep = jnp.abs(slope).astype(jnp.float32)
             linear = _LINEAR_PART * size / jnp.where(steep > 0, steep, 1)
             linear = jnp.clip(linear, rates / _UNKNOWN_SCALE, rates * _UNKNOWN_SCALE)
-            unknown = jnp.where(steep > 0, linear, rates)
-        seen = expected.curvature > 0
-        known = jnp.sqrt(_EVEN_PART * size / jnp.where(seen, expected.curvature, 1))
-        known = jnp.clip(known, rates / _SHORTEST, rates * _LONGEST)
-        return jnp.where(seen & (size > 0), known, jnp.where(size > 0, unknown, rates))
+            by_slope = jnp.where(steep > 0, linear, rates)
+        curved = expected.curvature > 0
+        even = jnp.sqrt(_EVEN_PART * size / jnp.where(curved, expected.curvature, 1))
+        even = jnp.clip(even, rates / _SHORTEST, rates * _LONGEST)
+        return jnp.where(curved & (size > 0), even, jnp.where(size > 0, by_slope, rates))
 
     def estimate(
         self,
@@ -147,7 +154,7 @@ class Probes:
         del batch
         if value is None:
             value = step_loss.start()
-        unit = rates if expected is None else self.reach(rates, slope, value, expected)
+        unit = rates if expected is None else self.probe_scale(rates, slope, value, expected)
         points = self.points(len(rates), step)
         offsets = points * unit
         losses: jax.Array = evaluate(step_loss, offsets, self.batch_size)
@@ -167,7 +174,7 @@ class Probes:
     def _fit(
         self, points: jax.Array, changes: jax.Array, slope: jax.Array | None, unit: jax.Array
     ) -> Quadratic:
-        """The quadratic in units of the reach."""
+        """The quadratic in units of the probe scale."""
         dtype = changes.dtype
         known = None if slope is None else slope.astype(dtype) * unit.astype(dtype)
         if self.design == "gaussian":
@@ -195,9 +202,9 @@ def probes(
     """Slope and curvature from `per_group`·K evaluations of the loss, no differentiation.
 
     Args:
-      design: where to evaluate. "axis": one group at a time, at 1, −1, 2, −2, … times a reach at
-        which the loss changes by a few parts in a thousand; the fit of one group knows nothing of
-        the others. "gaussian": all groups jointly, at draws from N(0, η_k²) per group, as in the
+      design: where to evaluate. "axis": one group at a time, at 1, −1, 2, −2, … times a scale
+        at which the loss changes by a few parts in a thousand; the fit of one group knows nothing
+        of the others. "gaussian": all groups jointly, at draws from N(0, η_k²) per group, as in the
         paper's Algorithm 1. There, the coupling between groups is noise in the fit.
       per_group: evaluations per group: 2 or more to fit slope and curvature, 1 suffices where the
         slope is known from the gradient. The pair ±1 is free of the cubic error. 4 in the paper.
@@ -222,6 +229,3 @@ def probes(
         raise ValueError(f"per_group must be 1 or more, got {per_group}")
     check_batch_size(batch_size)
     return Probes(design, per_group, batch_size, seed)
-
-
-Estimator = Probes | Hessian | GaussNewton | Secant | Parabola

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hidlr_optax._report import GroupInfluence, Influence
-from hidlr_optax._running import LIMB, Moments, Running, count, start
+from hidlr_optax._influence_moments import LIMB, Moments, Running, count, start
+from hidlr_optax._influence_report import GroupInfluence, Influence
 from hidlr_optax._state import HiDLRState
 
 __all__ = [

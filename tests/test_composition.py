@@ -143,7 +143,7 @@ def test_a_group_frozen_by_set_to_zero_keeps_its_rate_and_stays_where_it_is():
     params, state = jax.jit(_step(tx))(_PARAMS, tx.init(_PARAMS), _BATCH)
     np.testing.assert_array_equal(params["w"], _PARAMS["w"])
     assert _rates(state)["body"] == np.float32(0.1)
-    assert _kept(state) == {"body": hd.Kept.NO_SLOPE, "head": hd.Kept.NO}
+    assert _kept(state) == {"body": hd.Kept.NO_SLOPE, "head": hd.Kept.UPDATED}
 
 
 # Transformations around hidlr that change the tree.
@@ -351,7 +351,7 @@ def _poisoned_rule(design):
     tx = rule(_poisoned, {"x": "x", "y": "y"}, init_learning_rate=0.1, update_interval=1)
     update = jax.jit(tx.update)
     _, state = update(_DOWN, tx.init(_AT), _AT, batch=_NOWHERE)
-    assert set(_kept(state).values()) == {hd.Kept.NO}
+    assert set(_kept(state).values()) == {hd.Kept.UPDATED}
     return update, state
 
 
@@ -364,7 +364,7 @@ def _assert_nothing_was_learned(state, before):
 
 def _assert_it_recovers(update, state, **known):
     updates, recovered = update(_DOWN, state, _AT, batch=_NOWHERE, **known)
-    assert set(_kept(recovered).values()) == {hd.Kept.NO}
+    assert set(_kept(recovered).values()) == {hd.Kept.UPDATED}
     assert _rates(recovered) != _rates(state)
     assert all(np.isfinite(leaf) for leaf in jax.tree.leaves((updates, recovered)))
 
@@ -428,7 +428,7 @@ def test_bad_information_keeps_every_rate_and_every_average(value, grad, update,
     direction = _DOWN | ({update: poison} if update else {})
     updates, state = jitted(direction, before, _AT, batch=_NOWHERE, **known)
     _assert_nothing_was_learned(state, before)
-    assert hd.Kept.NO not in _kept(state).values()
+    assert hd.Kept.UPDATED not in _kept(state).values()
     if kept is not None:
         assert _kept(state) == kept
     if update is not None:
@@ -488,7 +488,7 @@ def _reference_run(rule):
 def test_the_run_the_others_are_compared_with_moves_the_rates(rule):
     _, state = _reference_run(rule)
     assert optax.tree.get(state, "refreshes") == (4 if rule is _default else 3)
-    assert set(_kept(state).values()) == {hd.Kept.NO}
+    assert set(_kept(state).values()) == {hd.Kept.UPDATED}
     assert all(rate != np.float32(0.02) for rate in _rates(state).values())
 
 
@@ -784,7 +784,7 @@ def test_an_equinox_model_is_split_into_arrays_and_the_rest():
     tx = optax.chain(_adam(), bare(loss_fn, labels, init_learning_rate=0.02))
     step = jax.jit(_step(tx, loss_fn))
     new_params, state = step(params, tx.init(params), batch)
-    assert set(_kept(state).values()) == {hd.Kept.NO}
+    assert set(_kept(state).values()) == {hd.Kept.UPDATED}
     assert loss_fn(new_params, batch) < loss_fn(params, batch)
 
 

@@ -335,7 +335,7 @@ def test_float64_parameters_are_probed_in_float64_and_the_state_stays_float32(sl
         )
         assert updates["w"].dtype == jnp.float64
         assert [x.dtype for x in jax.tree.leaves(new)] == [x.dtype for x in jax.tree.leaves(state)]
-        assert int(new.kept["all"]) == hd.Kept.NO
+        assert int(new.kept["all"]) == hd.Kept.UPDATED
         assert float(new.group_learning_rates["all"]) == pytest.approx(1, rel=1e-3)
 
 
@@ -395,9 +395,9 @@ def test_hidlr_keeps_an_unresolved_rate_and_moves_a_flat_one_as_far_as_it_may():
     tx = bare(_resolution_loss, LABELS, init_learning_rate=0.7)
     _, state = jax.jit(tx.update)(updates, tx.init(params), params, batch=jnp.float32(1))
     assert {name: int(why) for name, why in state.kept.items()} == {
-        "a": hd.Kept.NO,
+        "a": hd.Kept.UPDATED,
         "b": hd.Kept.UNRESOLVED,
-        "c": hd.Kept.NO,
+        "c": hd.Kept.UPDATED,
     }
     assert float(state.group_learning_rates["a"]) == pytest.approx(1, rel=1e-4)
     assert state.group_learning_rates["b"] == jnp.float32(0.7)
@@ -551,7 +551,7 @@ def test_hidlr_averages_slope_and_curvature_and_leaves_out_what_is_not_finite():
             n += 1
             b, a = 0.8 * b + 0.2 * batch[0], 0.8 * a + 0.2 * batch[1]
             rate = min(max(b / a, rate / 2), rate * 2)
-            assert int(state.kept["all"]) == hd.Kept.NO
+            assert int(state.kept["all"]) == hd.Kept.UPDATED
             assert float(state.slope["all"]) == pytest.approx(b / (1 - 0.8**n), rel=1e-4)
             assert float(state.curvature["all"]) == pytest.approx(a / (1 - 0.8**n), rel=1e-4)
             assert float(state.influence["all"]) == pytest.approx(b**2 / a / (1 - 0.8**n), rel=1e-4)

@@ -117,7 +117,7 @@ def count(running: Running, state: HiDLRState) -> Running:
         return Moments(*map(unpack, _add(Moments(*map(pack, moments)), values, present)))
 
     kept = pack(state.kept)
-    seen = (kept == Kept.NO) | (kept == Kept.NOT_CONVEX)
+    seen = (kept == Kept.UPDATED) | (kept == Kept.NOT_CONVEX)
     curvature = pack(state.measured_curvature)
     convex = seen & (curvature > 0)
     alone = Quadratic(pack(state.measured_slope), jnp.where(convex, curvature, 1))
