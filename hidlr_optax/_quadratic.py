@@ -17,7 +17,8 @@ class Quadratic(NamedTuple):
     """The coefficients of q(η) = −bᵀη + ½ ηᵀAη.
 
     Attributes:
-      slope: b, (K,), loss per unit learning rate; positive where the group's step descends.
+      slope: b, (K,), loss per unit learning rate; **positive where the group's step descends**. That
+        is the opposite of the sign that the slope has in Optax's line searches.
       curvature: a, (K,), the diagonal of A, loss per unit learning rate squared.
       coupling: A without its diagonal, (K, K), where it is known; None where it is not.
     """

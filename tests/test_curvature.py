@@ -490,10 +490,10 @@ def test_probes_refuses_bad_arguments(kwargs, message):
 def test_one_probe_per_group_needs_the_gradient():
     params = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
     one = hd.probes(per_group=1)
-    with pytest.raises(ValueError, match="needs per_group >= 2, got 1"):
+    with pytest.raises(ValueError, match="needs per_group >= 2, got Probes"):
         bare(CountedLoss(), LABELS, curvature=one, slope="probes")
     tx = bare(CountedLoss(), LABELS, curvature=one)
-    with pytest.raises(ValueError, match="per_group=1 is too few"):
+    with pytest.raises(ValueError, match=r"per_group=1.* cannot fit the slope"):
         tx.update(params, tx.init(params), params, batch=0)
 
 
