@@ -37,7 +37,7 @@ class CentralDifference:
         del known  # value, expected, batch, step: see hd.curvature.Estimator
         gradient = jax.grad(step_loss)
         if slope is None:
-            slope = -gradient(jnp.zeros_like(rates))  # minus: a slope is positive downhill
+            slope = jnp.negative(gradient(jnp.zeros_like(rates)))  # it is positive downhill
         offset = self.part * rates
         rows = (gradient(offset) - gradient(-offset)) / (2 * self.part)
         return Measurement.exact(hd.Quadratic(slope, rows / rates))

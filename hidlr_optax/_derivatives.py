@@ -1,4 +1,4 @@
-"""Estimators that differentiate: the full K×K curvature along the group steps."""
+"""Estimators that differentiate: `secant`, `hessian` and `gauss_newton`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -168,7 +168,7 @@ class Secant:
 
 
 def secant() -> Secant:
-    """What each group adds to the curvature of the joint step, from one gradient at its end.
+    """Curvature that each group adds to the joint step, from one gradient at its end.
 
     b − b(η) = Aη, all K rows at once: the change of the slopes over the step with the present rates
     η, exact where the loss is quadratic. Reported as curvature is (Aη)_k/η_k, the curvature of

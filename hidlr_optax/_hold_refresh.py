@@ -32,7 +32,7 @@ from hidlr_optax._hold import (
     watch,
 )
 from hidlr_optax._measurement import RESOLUTION, Estimator, measure
-from hidlr_optax._quadratic import Kept, Quadratic, influence
+from hidlr_optax._quadratic import Kept, Quadratic, influence_per_parameter
 from hidlr_optax._state import Clock, Packed, initial_rates, refresh_if
 from hidlr_optax._step_loss import Evidence, SlopeSource, StepLoss
 
@@ -322,7 +322,7 @@ def _averaged(
 
     quadratic = Quadratic(mean(state.slope, slope), mean(state.curvature, curvature))
     sizes = jnp.asarray(evidence.coming.groups.sizes, jnp.float32)
-    ppi = influence(quadratic, sizes)
+    ppi = influence_per_parameter(quadratic, sizes)
     has_influence = counts & (quadratic.curvature > 0) & jnp.isfinite(ppi)
     state = state._replace(
         progress=progress,
@@ -337,7 +337,7 @@ def _averaged(
 
 
 def _statuses(state: Packed, evidence: Evidence, measured: Measured) -> jax.Array:
-    """Why the refresh leaves the rates as they were: (K,) int32 of `Kept`."""
+    """(K,) int32 of `Kept`: the reasons why the refresh leaves rates as they were."""
     finite = _finite(measured.look) & jnp.isfinite(evidence.value)
     joint_status = jnp.where(state.progress.same <= 0, Kept.ASCENDS, Kept.UPDATED)
     joint_status = jnp.where(measured.resolved, joint_status, Kept.UNRESOLVED)
@@ -350,7 +350,7 @@ def _statuses(state: Packed, evidence: Evidence, measured: Measured) -> jax.Arra
 
 
 def _preconditioned(evidence: Evidence) -> jax.Array:
-    """How far the coming direction is from a running sum of gradients; 0 where none is known."""
+    """Distance of the coming direction from a running sum of gradients; 0 without a gradient."""
     if evidence.grad is None:
         return jnp.zeros((), jnp.float32)
     coming, grad = evidence.coming, evidence.grad
@@ -380,10 +380,10 @@ def _part(
     same: jax.Array | None,
     looks_ahead: jax.Array,
 ) -> jax.Array:
-    """The part of the coming step with these rates to take, by looking where it leads: ().
+    """The part to take of the coming step with these rates, by the loss where it leads: ().
 
-    Looked at again when it had to be shortened: one parabola says little of a loss that rises
-    steeply. All of it where nothing calls for the look.
+    A step that had to be shortened is looked at again, since one parabola says little of a loss
+    that rises steeply. One where nothing calls for the look.
     """
     value = evidence.value
     descent = jnp.float32(0) if same is None else rates @ same

@@ -34,7 +34,7 @@ class Measurement(NamedTuple):
 
     @staticmethod
     def exact(quadratic: Quadratic) -> "Measurement":
-        """From derivatives, where nothing is lost in the rounding of a difference of losses.
+        """A measurement by derivatives: nothing is lost in the rounding of a difference of losses.
 
         Args:
           quadratic: slope and curvature, (K,) each, in learning rates of one.
@@ -147,10 +147,11 @@ def measure(
     elif coupling is not None:
         raise ValueError(f"{estimator!r} measured the coupling, but its `couples` is False")
     for name, (array, shape) in wanted.items():
-        if jnp.shape(array) != shape:
+        found = None if array is None else jnp.shape(array)
+        if found != shape:
             raise ValueError(
                 f"{estimator!r}.estimate must return {name} of shape {shape} for {count} groups, "
-                f"got {None if array is None else jnp.shape(array)}"
+                f"got {found}"
             )
     quadratic, floor = jax.tree.map(
         lambda array: jnp.asarray(array, jnp.float32), (measured.quadratic, measured.floor)

@@ -13,7 +13,7 @@ import optax
 
 from hidlr_optax._groups import wide
 from hidlr_optax._measurement import Estimator, Measurement, measure
-from hidlr_optax._quadratic import Kept, Quadratic, average, influence
+from hidlr_optax._quadratic import Kept, Quadratic, average, influence_per_parameter
 from hidlr_optax._state import Clock, Packed, refresh_if
 from hidlr_optax._step_loss import Evidence, SlopeSource, StepLoss
 from hidlr_optax.solvers import Solver
@@ -162,7 +162,7 @@ def _recorded(
         slope=quadratic.slope,
         curvature=quadratic.curvature,
         coupling=quadratic.coupling,
-        influence=jnp.where(convex, influence(quadratic, sizes), state.influence),
+        influence=jnp.where(convex, influence_per_parameter(quadratic, sizes), state.influence),
         measured_slope=jnp.where(jnp.isfinite(slope), slope, 0),
         measured_curvature=jnp.where(above_floor, curvature, 0),
         kept=kept,
@@ -192,7 +192,7 @@ def first_rates(rates: jax.Array, value: jax.Array, slope: jax.Array) -> jax.Arr
 def keep_resolvable(
     found: jax.Array, rates: jax.Array, quadratic: Quadratic, value: jax.Array
 ) -> jax.Array:
-    """The rates found, (K,); not less than those before where these do nothing already.
+    """The rates found, (K,), but never less than those before where these are lost in rounding.
 
     A step that is to change the loss by less than a millionth of it, Σ |b_k| η_k + ½ |a_k| η_k², is
     lost in float32. Smaller ones would teach nothing, and all rates together could sink for good.
@@ -212,7 +212,7 @@ def keep_resolvable(
 def guard_factor(
     rates: jax.Array, change: jax.Array, value: jax.Array, slope: jax.Array | None, limit: float
 ) -> jax.Array:
-    """What the guard multiplies the rates by, (): one, unless the step raises the loss too much.
+    """The factor of the guard on the rates, (): one, unless the step raises the loss too much.
 
     Then the minimum B/2C of the parabola −Bx + Cx² that has this slope, and at x = 1 this change,
     within [0.1, 0.5]. Along a step that ascends there is none: a half; where the loss is not finite

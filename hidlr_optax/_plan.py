@@ -1,4 +1,4 @@
-"""Which groups train and which are frozen, why, and how to label another model alike."""
+"""Plans: the groups that train and those that are frozen, why, and labels for other models."""
 
 import dataclasses
 import warnings
@@ -21,7 +21,7 @@ def check_value(value: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Which groups train and which are frozen, and what that rests on.
+    """A choice of groups to train and groups to freeze, and the numbers that it rests on.
 
     Plans come from `select`, `pareto` and `within`; `dataclasses.replace` adds what they leave
     open, such as `rules`. A plan may also be written by hand: all but the labels is optional.
@@ -99,7 +99,7 @@ class Plan:
 
     @property
     def parameters(self) -> int | None:
-        """How many parameters train; None where sizes are not known."""
+        """The number of parameters that train; None where sizes are not known."""
         return None if self.sizes is None else sum(self.sizes[name] for name in self.trainable)
 
     def worth(self, value: Value = "total") -> float:

@@ -122,7 +122,7 @@ def initial_state(
 
 
 class Clock(NamedTuple):
-    """Where in a run a call of `update` stands.
+    """The place of a call of `update` in its run.
 
     Attributes:
       warmup: () int32, the number of first updates during which the rates are found.

@@ -69,7 +69,7 @@ class StepLoss:
 
 @dataclasses.dataclass(frozen=True)
 class SlopeSource:
-    """What a value of `slope=` stands for.
+    """The meaning of a value of `slope=`.
 
     Attributes:
       name: the value.
@@ -94,7 +94,7 @@ SLOPE_SOURCES = {source.name: source for source in _SLOPE_SOURCES}
 
 
 class Evidence(NamedTuple):
-    """What one call of `update` says about the loss.
+    """Everything that one call of `update` says about the loss.
 
     Attributes:
       coming: the loss along the coming step.

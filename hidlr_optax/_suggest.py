@@ -19,7 +19,7 @@ _ROUND_CHANGE = 100.0
 
 
 class Suggestion(NamedTuple):
-    """What `suggest` found. Arrays are ordered like `labels`.
+    """Rates found by `suggest`. Arrays are ordered like `labels`.
 
     Attributes:
       labels: the K group names, sorted.
@@ -51,7 +51,7 @@ def _trust(measured: Measurement) -> jax.Array:
 
 
 def _next_scale(rates: jax.Array, found: jax.Array, kept: jax.Array) -> jax.Array:
-    """Where to probe in the next round, at most a hundred times away."""
+    """(K,) rates to probe at in the next round, at most a hundred times away."""
     scale = jnp.where(kept == Kept.UPDATED, jnp.abs(found), rates)
     scale = jnp.where(kept == Kept.UNRESOLVED, rates * _ROUND_CHANGE, scale)
     scale = jnp.where(kept == Kept.NON_FINITE, rates / _ROUND_CHANGE, scale)

@@ -99,7 +99,7 @@ class Probes:
     def probe_scale(
         self, rates: jax.Array, slope: jax.Array | None, value: jax.Array, expected: Quadratic
     ) -> jax.Array:
-        """How far to probe each group, (K,): where the loss changes by a small, resolvable part.
+        """Offsets at which to probe, (K,): where the loss changes by a small, resolvable part.
 
         The even part of the loss at ±h is a h²: h = √(0.002 |L|/a) by the curvature found so far.
         Before one is found, h = 0.01 |L|/|b| by the slope. Otherwise, and for joint draws, whose

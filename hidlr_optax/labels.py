@@ -1,4 +1,4 @@
-"""Who belongs to which group: pytrees of label names, made from the paths of the parameters.
+"""Labels: pytrees of group names, made from the paths of the parameters.
 
 Every function here returns a pytree of str with the structure of `params`. It looks at the paths
 alone, never at values, so it also serves as the callable form of `param_labels`

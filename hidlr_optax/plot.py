@@ -254,7 +254,7 @@ def pareto(plans: Iterable[Plan], value: Value = "total") -> Figure:
 
 
 def _difference(plan: Plan, before: Plan | None) -> str:
-    """Which groups train that did not, and which no longer do."""
+    """Names the groups that train and did not, and those that no longer do."""
     old = frozenset() if before is None else before.trainable
     changes = {"+": plan.trainable - old, "−": old - plan.trainable}
     return " ".join(f"{sign} {', '.join(sorted(x))}" for sign, x in changes.items() if x)

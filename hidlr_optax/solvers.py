@@ -1,4 +1,4 @@
-"""From a quadratic to learning rates: one parabola at a time, or all groups together in a box.
+"""Solvers: from a quadratic to learning rates, group by group or all together in a box.
 
 Arrays only. `Solver` is the protocol of what takes the place of `coupled` and `diagonal`; `hold` is
 a rule of its own.

@@ -11,7 +11,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import hidlr_optax as hd
-from hidlr_optax._quadratic import Kept, Quadratic, average, fit_axes, fit_joint, influence
+from hidlr_optax._quadratic import (
+    Kept,
+    Quadratic,
+    average,
+    fit_axes,
+    fit_joint,
+    influence_per_parameter,
+)
 from hidlr_optax.solvers import minimise_diagonal, parabola_minima
 
 AXIS_POINTS = [1.0, -1.0, 2.0, -2.0, 3.0, -3.0]
@@ -156,7 +163,7 @@ def test_influence_is_b_squared_over_a_d_in_any_units():
     b, a, sizes = np.array([3.0, -2.0]), np.array([4.0, 0.25]), np.array([5.0, 2000.0])
     quadratic = Quadratic(jnp.asarray(b, jnp.float32), jnp.asarray(a, jnp.float32))
     for units in (1.0, 1e-6, 1e6):
-        ours = influence(
+        ours = influence_per_parameter(
             quadratic.scaled(jnp.full(2, units, jnp.float32)), jnp.asarray(sizes, jnp.float32)
         )
         np.testing.assert_allclose(ours, b**2 / (a * sizes), rtol=1e-5)
@@ -165,7 +172,8 @@ def test_influence_is_b_squared_over_a_d_in_any_units():
 def test_influence_of_a_steep_group_does_not_overflow_on_the_way():
     """b² alone would be infinite in float32."""
     quadratic = Quadratic(jnp.full(1, 1e25, jnp.float32), jnp.full(1, 1e30, jnp.float32))
-    assert float(influence(quadratic, jnp.ones(1, jnp.float32))[0]) == pytest.approx(1e20)
+    found = influence_per_parameter(quadratic, jnp.ones(1, jnp.float32))
+    assert float(found[0]) == pytest.approx(1e20)
 
 
 def oracle_minimise(b, a, rates, kept, max_change):
