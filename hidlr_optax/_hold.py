@@ -174,7 +174,7 @@ def watch(progress: Progress, loss: jax.Array) -> Progress:
     mean = averaged(progress.loss, loss, count, jnp.float32(_LOSS_DECAY))
     spread = averaged(progress.spread, (loss - mean) ** 2, count, jnp.float32(_LOSS_DECAY))
     lower = (count >= 1 / (1 - _LOSS_DECAY)) & (mean < progress.least)
-    seen = progress._replace(
+    watched = progress._replace(
         loss=mean,
         spread=spread,
         least=jnp.where(lower, mean, progress.least),
@@ -182,7 +182,7 @@ def watch(progress: Progress, loss: jax.Array) -> Progress:
         losses=count + 1,
     )
     usable = jnp.isfinite(loss) & jnp.isfinite(mean)
-    return jax.tree.map(lambda new, old: jnp.where(usable, new, old), seen, progress)
+    return jax.tree.map(lambda new, old: jnp.where(usable, new, old), watched, progress)
 
 
 def look(progress: Progress, seen: Look, preconditioned: jax.Array, finding: jax.Array) -> Progress:

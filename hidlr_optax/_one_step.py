@@ -92,12 +92,13 @@ class OneStepRule:
         )
         if not self.source.looks_back:
             return measured
-        taken = jnp.where(state.count == 0, 0.0, state.group_learning_rates * state.schedule_factor)
+        applied = state.group_learning_rates * state.schedule_factor
+        applied = jnp.where(state.count == 0, 0.0, applied)
         # From its end to its start, b + Aη. So the slope at the start belongs to a batch that the
         # direction has not seen, and where the measured slope at the end is zero, the minimum lies
-        # at the rates taken, whatever the curvature.
+        # at the rates applied, whatever the curvature.
         quadratic = measured.quadratic
-        return measured._replace(quadratic=quadratic._replace(slope=quadratic.slope_at(-taken)))
+        return measured._replace(quadratic=quadratic._replace(slope=quadratic.slope_at(-applied)))
 
     def _average(
         self, state: Packed, measured: Measurement, usable: jax.Array

@@ -74,13 +74,13 @@ _PER_GROUP = (
 def pack(state: Stored, groups: Groups) -> Packed:
     """The state with (K,) arrays for the dicts keyed by label."""
     fields: dict[str, Any] = {name: groups.pack(getattr(state, name)) for name in _PER_GROUP}
-    return Packed(**state._asdict() | fields)
+    return HiDLRState(**state._asdict() | fields)
 
 
 def unpack(state: Packed, groups: Groups) -> Stored:
     """The state with dicts keyed by label for the (K,) arrays."""
     fields: dict[str, Any] = {name: groups.unpack(getattr(state, name)) for name in _PER_GROUP}
-    return Stored(**state._asdict() | fields)
+    return HiDLRState(**state._asdict() | fields)
 
 
 def initial_rates(initial: Any, names: tuple[str, ...]) -> dict[str, jax.Array]:
@@ -109,7 +109,7 @@ def initial_state(
         for field in _PER_GROUP
         for kind in [jnp.int32 if field in _COUNTS else jnp.float32]
     }
-    return Stored(
+    return HiDLRState(
         count=jnp.zeros((), jnp.int32),
         refreshes=jnp.zeros((), jnp.int32),
         cuts=jnp.zeros((), jnp.int32),

@@ -176,12 +176,12 @@ class Probes:
     ) -> Quadratic:
         """The quadratic in units of the probe scale."""
         dtype = changes.dtype
-        known = None if slope is None else slope.astype(dtype) * unit.astype(dtype)
+        slope = None if slope is None else slope.astype(dtype) * unit.astype(dtype)
         if self.design == "gaussian":
-            fitted = fit_joint(points.astype(dtype), changes, known)
+            fitted = fit_joint(points.astype(dtype), changes, slope)
         else:
             axis = jnp.asarray(self._axis_points(), dtype)
-            fitted = fit_axes(axis, changes.reshape(-1, self.per_group), known)
+            fitted = fit_axes(axis, changes.reshape(-1, self.per_group), slope)
         return jax.tree.map(lambda coefficient: coefficient.astype(jnp.float32), fitted)
 
     def _largest(self, at_probes: jax.Array, value: jax.Array, num_groups: int) -> jax.Array:

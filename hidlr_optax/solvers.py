@@ -178,8 +178,8 @@ class Diagonal:
         """
         if self.max_change is not None:
             flat = jnp.abs(quadratic.curvature) < floor
-            seen = jnp.minimum(floor, jnp.abs(quadratic.slope) / rates)  # b/seen ≥ the rate
-            quadratic = quadratic._replace(curvature=jnp.where(flat, seen, quadratic.curvature))
+            least = jnp.minimum(floor, jnp.abs(quadratic.slope) / rates)  # b/least ≥ the rate
+            quadratic = quadratic._replace(curvature=jnp.where(flat, least, quadratic.curvature))
         return minimise_diagonal(quadratic, rates, kept, self.max_change)
 
 

@@ -62,7 +62,7 @@ def _data():
     rng = np.random.default_rng(0)
     matrix = rng.normal(size=(48, 6)) * np.array([1, 1, 1, 4, 4, 4])
     target = matrix @ rng.normal(size=6) + 0.1 * rng.normal(size=48)
-    return jnp.asarray(matrix, jnp.float32), jnp.asarray(target, jnp.float32)
+    return matrix.astype(np.float32), target.astype(np.float32)
 
 
 def _trained(rule, steps=40):
