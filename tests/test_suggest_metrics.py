@@ -201,7 +201,7 @@ def _needs_batch(params, batch):
             r"not among them are \['head'\]",
         ),
         ({"init_learning_rate": {"bias": -1.0, "weight": 1.0}}, r"init_learning_rate\['bias'\]"),
-        ({"curvature": hd.probes(per_group=1)}, "needs per_group >= 2, got 1"),
+        ({"curvature": hd.probes(per_group=1)}, "needs per_group >= 2, got Probes"),
         ({"curvature": "probes"}, "must be an estimator such as probes"),
         ({"loss_fn": 3}, "loss_fn must be a callable"),
         ({"loss_fn": None}, "no loss to probe"),
