@@ -1,18 +1,18 @@
 """Hessian-informed differential learning rates for Optax (Hi-DLR, arXiv 2501.06954)."""
 
-from hidlr_optax import averaging, influence, peft
+from hidlr_optax import averaging, curvature, influence, peft, solvers
 from hidlr_optax._aliases import hiulr, multi_steps, paper_hidlr
 from hidlr_optax._hold import hold
+from hidlr_optax._influence_report import Influence
 from hidlr_optax._plan import Plan
 from hidlr_optax._quadratic import Kept, Quadratic
-from hidlr_optax._report import Influence
-from hidlr_optax._solvers import coupled, diagonal
 from hidlr_optax._state import HiDLRState
 from hidlr_optax._suggest import Suggestion, suggest
 from hidlr_optax._transform import hidlr
 from hidlr_optax.curvature import gauss_newton, hessian, parabola, probes, secant
 from hidlr_optax.influence import metrics
 from hidlr_optax.labels import label_by_depth, label_by_path, label_by_role
+from hidlr_optax.solvers import coupled, diagonal
 
 __version__ = "0.1.0"
 
@@ -25,6 +25,7 @@ __all__ = [
     "Suggestion",
     "averaging",
     "coupled",
+    "curvature",
     "diagonal",
     "gauss_newton",
     "hessian",
@@ -42,5 +43,6 @@ __all__ = [
     "peft",
     "probes",
     "secant",
+    "solvers",
     "suggest",
 ]

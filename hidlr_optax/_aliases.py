@@ -5,11 +5,12 @@ from typing import Any
 
 import optax
 
-from hidlr_optax._checks import LossFn, Slope
+from hidlr_optax._arguments import LossFn, Slope
 from hidlr_optax._hold import Hold, hold
-from hidlr_optax._solvers import Solver, diagonal
+from hidlr_optax._measurement import Estimator
 from hidlr_optax._transform import hidlr
-from hidlr_optax.curvature import Estimator, probes
+from hidlr_optax.curvature import probes
+from hidlr_optax.solvers import Solver, diagonal
 
 
 def paper_hidlr(

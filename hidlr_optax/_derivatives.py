@@ -1,15 +1,15 @@
-"""Estimators that differentiate: the full K×K curvature along the group steps."""
+"""Estimators that differentiate: `secant`, `hessian` and `gauss_newton`."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from hidlr_optax._groups import Groups
 from hidlr_optax._measurement import RESOLUTION, Measurement, check_batch_size, evaluate
 from hidlr_optax._quadratic import Quadratic
+from hidlr_optax._step_loss import StepLoss
 
 
 def _products(
@@ -31,17 +31,10 @@ def _linearize(fn: Callable[[jax.Array], Any], rates: jax.Array, needs: str) -> 
 
 
 def _measurement(slope: jax.Array, matrix: jax.Array) -> Measurement:
-    """From derivatives, where nothing is lost in the rounding of a difference of losses."""
-    num_groups = len(slope)
     matrix = ((matrix + matrix.T) / 2).astype(jnp.float32)
     diagonal = jnp.diagonal(matrix)
-    return Measurement(
-        quadratic=Quadratic(slope.astype(jnp.float32), diagonal, matrix - jnp.diag(diagonal)),
-        resolved=jnp.ones(num_groups, bool),
-        floor=jnp.zeros(num_groups, jnp.float32),
-        offsets=jnp.zeros((0, num_groups), jnp.float32),
-        changes=jnp.zeros(0, jnp.float32),
-    )
+    quadratic = Quadratic(slope.astype(jnp.float32), diagonal, matrix - jnp.diag(diagonal))
+    return Measurement.exact(quadratic)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +46,12 @@ class Hessian:
     """
 
     batch_size: int | None
-    couples: ClassVar[bool] = True
-    separates: ClassVar[bool] = True
+    couples = True
+    separates = True
 
     def estimate(
         self,
-        loss: Callable[[Any], jax.Array],
-        params: Any,
-        direction: Any,
-        groups: Groups,
+        step_loss: StepLoss,
         rates: jax.Array,
         *,
         slope: jax.Array | None = None,
@@ -69,9 +59,10 @@ class Hessian:
     ) -> Measurement:
         """The Hessian of x ↦ L(w + Σ x_k u_k) at zero, K tangents of its gradient."""
         del unused
-        along = jax.grad(lambda offset: loss(groups.step(params, direction, offset)))
-        gradient, product = _linearize(along, rates, "hessian() needs a twice differentiable loss")
-        matrix = _products(product, len(groups), self.batch_size)
+        gradient, product = _linearize(
+            jax.grad(step_loss), rates, "hessian() needs a twice differentiable loss"
+        )
+        matrix = _products(product, len(rates), self.batch_size)
         return _measurement(-gradient if slope is None else slope, matrix)
 
 
@@ -88,15 +79,12 @@ class GaussNewton:
     model_fn: Callable[[Any, Any], Any]
     output_loss: Callable[[Any, Any], jax.Array]
     batch_size: int | None
-    couples: ClassVar[bool] = True
-    separates: ClassVar[bool] = True
+    couples = True
+    separates = True
 
     def estimate(
         self,
-        loss: Callable[[Any], jax.Array],
-        params: Any,
-        direction: Any,
-        groups: Groups,
+        step_loss: StepLoss,
         rates: jax.Array,
         *,
         slope: jax.Array | None = None,
@@ -104,9 +92,9 @@ class GaussNewton:
         **unused: Any,
     ) -> Measurement:
         """The Hessian of x ↦ output_loss(o + Jx), outputs linear in the rates."""
-        del loss, unused
+        del unused
         outputs, product = _linearize(
-            lambda offset: self.model_fn(groups.step(params, direction, offset), batch),
+            lambda offset: self.model_fn(step_loss.end(offset), batch),
             rates,
             "gauss_newton() needs a model_fn that is differentiable in forward mode",
         )
@@ -116,7 +104,7 @@ class GaussNewton:
                 "output_loss(model_fn(params, batch), batch) has to be the loss, a real scalar; "
                 f"got {found}"
             )
-        tangents = _products(product, len(groups), self.batch_size)
+        tangents = _products(product, len(rates), self.batch_size)
 
         def linearised(offset: jax.Array) -> jax.Array:
             def moved(output: jax.Array, tangent: jax.Array) -> jax.Array:
@@ -147,15 +135,12 @@ class GaussNewton:
 class Secant:
     """The estimator made by `secant`."""
 
-    couples: ClassVar[bool] = False  # the coupling is in the row sums, but not by itself
-    separates: ClassVar[bool] = True
+    couples = False  # the coupling is in the row sums, but not by itself
+    separates = True
 
     def estimate(
         self,
-        loss: Callable[[Any], jax.Array],
-        params: Any,
-        direction: Any,
-        groups: Groups,
+        step_loss: StepLoss,
         rates: jax.Array,
         *,
         slope: jax.Array | None = None,
@@ -163,13 +148,10 @@ class Secant:
     ) -> Measurement:
         """The slope lost over the step with these rates: (Aη)_k = b_k − b_k(η)."""
         del unused
-
-        def along(offset: jax.Array) -> jax.Array:
-            return loss(groups.step(params, direction, offset))
-
+        gradient = jax.grad(step_loss)
         try:
-            start = -jax.grad(along)(jnp.zeros_like(rates)) if slope is None else slope
-            end = -jax.grad(along)(rates)
+            start = -gradient(jnp.zeros_like(rates)) if slope is None else slope
+            end = -gradient(rates)
         except (TypeError, ValueError, NotImplementedError) as error:
             message = f"secant() needs a differentiable loss; JAX says: {error}."
             raise ValueError(f"{message} parabola() and probes() evaluate only.") from error
@@ -186,7 +168,7 @@ class Secant:
 
 
 def secant() -> Secant:
-    """What each group adds to the curvature of the joint step, from one gradient at its end.
+    """Curvature that each group adds to the joint step, from one gradient at its end.
 
     b − b(η) = Aη, all K rows at once: the change of the slopes over the step with the present rates
     η, exact where the loss is quadratic. Reported as curvature is (Aη)_k/η_k, the curvature of

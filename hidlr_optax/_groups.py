@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hidlr_optax._paths import Path, leaf_paths, shown
+from hidlr_optax._paths import Path, leaf_paths, listing
 
 OUTSIDE = (
     "hidlr has to be outermost: put it after partition/masked/flatten in the chain, as in "
@@ -83,9 +83,9 @@ def _match(labels: dict[Path, str], paths: list[Path]) -> list[str]:
     if unlabelled or unused:
         problems = []
         if unlabelled:
-            problems.append(f"no label for the parameters {shown(unlabelled)}")
+            problems.append(f"no label for the parameters {listing(unlabelled)}")
         if unused:
-            problems.append(f"no parameters for the labels at {shown(unused)}")
+            problems.append(f"no parameters for the labels at {listing(unused)}")
         raise ValueError(
             f"param_labels does not match params: {'; '.join(problems)}. It has to be a pytree of "
             f"str like params, a prefix of it, or a callable params -> such a tree. If a part of "

@@ -45,7 +45,7 @@ _JUMP = 0.3  # of the loss: a rise by more than this, where the coming step lead
 
 
 class Progress(NamedTuple):
-    """What `hold` remembers between updates: () float32 each.
+    """Averages that `hold` keeps between updates: () float32 each.
 
     Attributes:
       same: S = −⟨∇L, u⟩ on the batch that made u, averaged over refreshes: the scale of slopes.
@@ -84,22 +84,22 @@ class Progress(NamedTuple):
 
 
 def begin() -> Progress:
-    """Nothing seen."""
+    """The averages before the first update."""
     values = dict.fromkeys(Progress._fields, 0.0) | {"least": math.inf, "ceiling": math.inf}
     return Progress(**{name: jnp.array(value, jnp.float32) for name, value in values.items()})
 
 
 class Look(NamedTuple):
-    """What one look along a step saw: () float32 each.
+    """Slope and curvature along one step, all groups together: () float32 each.
 
     Attributes:
-      taken: the joint rate of the step, schedule included.
+      rate: the joint rate of the step, schedule included.
       slope: F, the decrease of the loss over the step by the slope at its start.
       curvature: C.
       same: S, the decrease over the coming step by its slope on the batch that made it.
     """
 
-    taken: jax.Array
+    rate: jax.Array
     slope: jax.Array
     curvature: jax.Array
     same: jax.Array
@@ -141,7 +141,7 @@ def preconditioned(
     down: jax.Array,
     across: jax.Array,
 ) -> jax.Array:
-    """How far a direction u is from a running sum of gradients: 0 for SGD and momentum, up to 1.
+    """Distance of a direction u from a running sum of gradients: 0 for SGD and momentum, up to 1.
 
     What u does not carry on from the direction u′ before it (the residual of a least-squares fit of
     u/‖u‖ by u′/‖u′‖ beside g/‖g‖) is −g for SGD with or without momentum. Adam and Lion turn it
@@ -174,7 +174,7 @@ def watch(progress: Progress, loss: jax.Array) -> Progress:
     mean = averaged(progress.loss, loss, count, jnp.float32(_LOSS_DECAY))
     spread = averaged(progress.spread, (loss - mean) ** 2, count, jnp.float32(_LOSS_DECAY))
     lower = (count >= 1 / (1 - _LOSS_DECAY)) & (mean < progress.least)
-    seen = progress._replace(
+    watched = progress._replace(
         loss=mean,
         spread=spread,
         least=jnp.where(lower, mean, progress.least),
@@ -182,22 +182,22 @@ def watch(progress: Progress, loss: jax.Array) -> Progress:
         losses=count + 1,
     )
     usable = jnp.isfinite(loss) & jnp.isfinite(mean)
-    return jax.tree.map(lambda new, old: jnp.where(usable, new, old), seen, progress)
+    return jax.tree.map(lambda new, old: jnp.where(usable, new, old), watched, progress)
 
 
 def look(progress: Progress, seen: Look, preconditioned: jax.Array, finding: jax.Array) -> Progress:
-    """Averages in one look, each part bounded by a few times what is known so far."""
-    unit = jnp.maximum(seen.taken, _TINY)
+    """Averages in one look, each part bounded by a few times the average so far."""
+    unit = jnp.maximum(seen.rate, _TINY)
     same, slope, curvature = seen.same / unit, seen.slope / unit, seen.curvature / unit**2
-    known = jnp.maximum(jnp.where(progress.looks < 1, same, progress.same), _TINY)
+    size = jnp.maximum(jnp.where(progress.looks < 1, same, progress.same), _TINY)
     count, decay = progress.looks, decay_of(finding)
     slow = jnp.maximum(decay, _SLOPE_DECAY)
     return progress._replace(
-        same=averaged(progress.same, jnp.clip(same, -known, 3 * known), count, slow),
-        slope=averaged(progress.slope, jnp.clip(slope, -3 * known, 3 * known), count, slow),
+        same=averaged(progress.same, jnp.clip(same, -size, 3 * size), count, slow),
+        slope=averaged(progress.slope, jnp.clip(slope, -3 * size, 3 * size), count, slow),
         curvature=averaged(
             progress.curvature,
-            jnp.clip(curvature, -2 * known / unit, 4 * known / unit),
+            jnp.clip(curvature, -2 * size / unit, 4 * size / unit),
             count,
             decay,
         ),
@@ -216,26 +216,26 @@ class Ratios(NamedTuple):
 
 
 def ratios(progress: Progress, seen: Look) -> Ratios:
-    """How far a step at the present rates goes along its parabola: q = C/F.
+    """The ratio q = C/F: the length of a step, in steps to the minimum of its parabola.
 
-    F is averaged in both, and taken for a tenth of S at least: one slope is noise. While a schedule
-    warms up, as far as the step would go at its peak.
+    F is averaged in both, since one slope is noise, and counts as a tenth of S at least. While a
+    schedule warms up, the step is that at the schedule's peak.
     """
     share = jnp.maximum(progress.slope, _LEAST_SHARE * jnp.maximum(progress.same, _TINY))
-    present = seen.curvature / jnp.maximum(seen.taken, _TINY) / share
-    average = progress.curvature * seen.taken / share
+    present = seen.curvature / jnp.maximum(seen.rate, _TINY) / share
+    average = progress.curvature * seen.rate / share
     peak = jnp.where(progress.peak > 0, progress.peak, 1)  # a schedule may begin at zero
     most = 1e6  # slopes that cancel leave a share of nothing
     return Ratios(jnp.clip(average / peak, -most, most), jnp.clip(present / peak, -most, most))
 
 
 def goal_for(goal: float, preconditioned_goal: float, progress: Progress) -> jax.Array:
-    """What q is moved to: less for preconditioned directions, and far less where they hold noise.
+    """The goal of q: less for preconditioned directions, and far less where they hold noise.
 
     A running sum of gradients shrinks as they do, and bears rates up to break-even. A direction
     that weighs coordinates by the size of their gradients stays as long as it was, more and more of
-    it noise. The share of noise in the slope is ν = 1 − F/S: what the batch that made the step
-    sees, and the next does not.
+    it noise. The share of noise in the slope is ν = 1 − F/S: S is the slope on the batch that made
+    the step, F that on the next batch.
     """
     noise = jnp.clip(1 - progress.slope / jnp.maximum(progress.same, _TINY), 0, 1)
     lower = preconditioned_goal * (1 - _NOISE * noise)
@@ -245,8 +245,8 @@ def goal_for(goal: float, preconditioned_goal: float, progress: Progress) -> jax
 def _heeded(ratio: Ratios, most: jax.Array) -> jax.Array:
     """The averaged ratio, or that of the last look where it is larger, up to `most`.
 
-    On a plateau averages lag behind the curvature at its end, and after a death the loss is flat:
-    no look that has met the goal lets the rates rise.
+    On a plateau averages lag behind the curvature at its end. After a death the loss is flat, and
+    a low average alone must not raise the rates.
     """
     return jnp.maximum(ratio.average, jnp.minimum(ratio.present, most))
 
@@ -277,11 +277,11 @@ def keep(ratio: Ratios, goal: jax.Array, factor: jax.Array, refreshes: jax.Array
 
 
 class Verdict(NamedTuple):
-    """What the guard says: () each.
+    """The guard's cut and its memory: () each.
 
     Attributes:
       cut: the logarithm of what the rates are multiplied by, 0 unless it steps in.
-      progress: what is remembered of it.
+      progress: the averages with the ceiling and the least loss that it leaves.
     """
 
     cut: jax.Array
@@ -317,9 +317,10 @@ def shortened(
 ) -> jax.Array:
     """The part of the coming step to take: all of it, unless it raises the loss by more than 30 %.
 
-    Or raises it at all, where it should have won the whole loss by its slope: chance may lie less
-    than 30 % above. Then the part that leads to the minimum of the parabola through its slope and the
-    loss at its end, within a tenth and a half; a tenth if that loss is not finite.
+    Or raises it at all, where by its slope it should have won the whole loss: the loss of a model
+    that guesses may lie less than 30 % above. Then the part that leads to the minimum of the
+    parabola through its slope and the loss at its end, within a tenth and a half; a tenth if that
+    loss is not finite.
 
     Args:
       progress: the averages.

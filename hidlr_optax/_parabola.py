@@ -1,30 +1,27 @@
 """The estimator that evaluates the joint step alone: one forward pass, whatever the loss is."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from hidlr_optax._groups import Groups, wide
+from hidlr_optax._groups import wide
 from hidlr_optax._measurement import RESOLUTION, Measurement
 from hidlr_optax._quadratic import Quadratic
+from hidlr_optax._step_loss import StepLoss
 
 
 @dataclasses.dataclass(frozen=True)
 class Parabola:
     """The estimator made by `parabola`."""
 
-    couples: ClassVar[bool] = False
-    separates: ClassVar[bool] = False
+    couples = False
+    separates = False
 
     def estimate(
         self,
-        loss: Callable[[Any], jax.Array],
-        params: Any,
-        direction: Any,
-        groups: Groups,
+        step_loss: StepLoss,
         rates: jax.Array,
         *,
         slope: jax.Array | None = None,
@@ -34,14 +31,11 @@ class Parabola:
         """ηᵀAη = 2(L(w + Σ η_k u_k) − L(w) + bᵀη), divided among the groups as bᵀη is.
 
         Args:
-          loss: params -> scalar.
-          params: w.
-          direction: u, like params.
-          groups: the K groups.
+          step_loss: ℓ, the loss along the K group steps.
           rates: η, (K,), of the step.
           slope: b, (K,), where known from the gradient. Otherwise bᵀη is measured by a step to the
             other side, and divided evenly.
-          value: the loss at `params`, where known; evaluated otherwise.
+          value: ℓ(0), where known; evaluated otherwise.
           **unused: what other estimators ask for.
 
         Returns:
@@ -49,13 +43,13 @@ class Parabola:
         """
         del unused
         if value is None:
-            value = loss(groups.step(params, direction, jnp.zeros_like(rates)))
+            value = step_loss.start()
         offsets = rates[None] if slope is not None else jnp.stack([rates, -rates])
-        losses = jnp.stack([loss(groups.step(params, direction, offset)) for offset in offsets])
+        losses = jnp.stack([step_loss(offset) for offset in offsets])
         dtype = wide(losses.dtype)
         changes = (losses.astype(dtype) - value.astype(dtype)).astype(jnp.float32)
         if slope is None:
-            slope = jnp.full(len(groups), (changes[1] - changes[0]) / 2 / len(groups)) / rates
+            slope = jnp.full(len(rates), (changes[1] - changes[0]) / 2 / len(rates)) / rates
         parts = slope.astype(jnp.float32) * rates
         whole = 2 * (changes[0] + jnp.sum(parts))
         sizes = jnp.abs(parts)

@@ -34,7 +34,7 @@ def leaf_paths(tree: Any) -> list[tuple[Path, Any]]:
     return paths
 
 
-def shown(paths: list[Path], limit: int = 5) -> str:
+def listing(paths: list[Path], limit: int = 5) -> str:
     """The first few paths and their count, for error messages."""
-    listed = ", ".join(repr("/".join(path)) for path in paths[:limit])
-    return f"{listed}{', …' if len(paths) > limit else ''} ({len(paths)} in all)"
+    first = ", ".join(repr("/".join(path)) for path in paths[:limit])
+    return f"{first}{', …' if len(paths) > limit else ''} ({len(paths)} in all)"

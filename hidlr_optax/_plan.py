@@ -1,4 +1,4 @@
-"""Which groups train and which are frozen, why, and how to label another model alike."""
+"""Plans: the groups that train and those that are frozen, why, and labels for other models."""
 
 import dataclasses
 import warnings
@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any, Literal
 
 from hidlr_optax._groups import check_not_module, label_names
-from hidlr_optax._json import read, write
-from hidlr_optax._report import Influence, aligned, with_error
+from hidlr_optax._influence_report import Influence, aligned, with_error
+from hidlr_optax._plan_json import read, write
 from hidlr_optax.labels import label_by_path, label_by_role
 
 Rules = Sequence[tuple[str, str]] | Literal["role"] | None
@@ -21,7 +21,7 @@ def check_value(value: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Which groups train and which are frozen, and what that rests on.
+    """A choice of groups to train and groups to freeze, and the numbers that it rests on.
 
     Plans come from `select`, `pareto` and `within`; `dataclasses.replace` adds what they leave
     open, such as `rules`. A plan may also be written by hand: all but the labels is optional.
@@ -99,7 +99,7 @@ class Plan:
 
     @property
     def parameters(self) -> int | None:
-        """How many parameters train; None where sizes are not known."""
+        """The number of parameters that train; None where sizes are not known."""
         return None if self.sizes is None else sum(self.sizes[name] for name in self.trainable)
 
     def worth(self, value: Value = "total") -> float:
@@ -198,7 +198,7 @@ class Plan:
         order = sorted(self.labels) if self.influence is None else self.influence.ranking()
         rows = [("group", "parameters", "per parameter", "")]
         for label in sorted(order, key=lambda label: label in self.frozen):  # stable
-            rows.append((label, *self._evidence(label), self._fate(label)))
+            rows.append((label, *self._evidence(label), self._status(label)))
         return "\n".join([line, *(text.rstrip() for text in aligned(rows))])
 
     def _evidence(self, label: str) -> tuple[str, str]:
@@ -210,5 +210,5 @@ class Plan:
             return size, group.status
         return size, with_error(group.per_parameter, group.per_parameter_error)
 
-    def _fate(self, label: str) -> str:
+    def _status(self, label: str) -> str:
         return "trains" if label in self.trainable else "frozen"

@@ -17,7 +17,8 @@ class Quadratic(NamedTuple):
     """The coefficients of q(η) = −bᵀη + ½ ηᵀAη.
 
     Attributes:
-      slope: b, (K,), loss per unit learning rate; positive where the group's step descends.
+      slope: b, (K,), loss per unit learning rate; **positive where the group's step descends, the
+        opposite of the slope's sign in Optax's line searches**.
       curvature: a, (K,), the diagonal of A, loss per unit learning rate squared.
       coupling: A without its diagonal, (K, K), where it is known; None where it is not.
     """
@@ -40,17 +41,17 @@ class Quadratic(NamedTuple):
 
 
 class Kept(enum.IntEnum):
-    """Why a refresh left a group's learning rate as it was.
+    """The status of a group after a refresh: updated, or why its learning rate was kept.
 
-    NO (0): it did not, the rate is new. NON_FINITE (1): a loss, gradient or update was NaN or
-    infinite. UNRESOLVED (2): the group's probes change the loss by less than its floating-point
-    type resolves. NOT_CONVEX (3): the curvature is negative or zero, so the quadratic has no
-    minimum. NO_SLOPE (4): the group's gradient or update is zero, and nothing asks for a rate.
-    OTHER_GROUP (5): another group's fit failed, and all rates are kept or none. ASCENDS (6): the
-    step as a whole goes uphill on the batch that made it.
+    UPDATED (0): nothing was kept, the rate is new. NON_FINITE (1): a loss, gradient or update was
+    NaN or infinite. UNRESOLVED (2): the group's probes change the loss by less than its
+    floating-point type resolves. NOT_CONVEX (3): the curvature is negative or zero, so the
+    quadratic has no minimum. NO_SLOPE (4): the group's gradient or update is zero, and nothing asks
+    for a rate. OTHER_GROUP (5): another group's fit failed, and all rates are kept or none. ASCENDS
+    (6): the step as a whole goes uphill on the batch that made it.
     """
 
-    NO = 0
+    UPDATED = 0
     NON_FINITE = 1
     UNRESOLVED = 2
     NOT_CONVEX = 3
@@ -124,21 +125,27 @@ def average(mean: jax.Array, new: jax.Array, decay: float, measurements: jax.Arr
     return jnp.where(measurements == 1, new, mean + weight * (new - mean))
 
 
-def influence(quadratic: Quadratic, sizes: jax.Array) -> jax.Array:
-    """PPI_k = b_k²/(a_k d_k), loss per parameter (paper eq. 5.1). Meaningful where a_k > 0.
-
-    Twice what the group's own optimal step is worth, over its number of parameters.
+def influence(quadratic: Quadratic) -> jax.Array:
+    """Influence b_k²/a_k, loss: twice what the group's own optimal step is worth, where a_k > 0.
 
     Args:
       quadratic: in any units: b²/a does not depend on them.
+    """
+    return quadratic.slope * (quadratic.slope / quadratic.curvature)
+
+
+def influence_per_parameter(quadratic: Quadratic, sizes: jax.Array) -> jax.Array:
+    """Influence per parameter, PPI_k = b_k²/(a_k d_k), loss per parameter (paper eq. 5.1).
+
+    Args:
+      quadratic: in any units.
       sizes: d, (K,), the number of parameters of each group.
     """
-    slope, curvature = quadratic.slope, quadratic.curvature
-    return slope * (slope / curvature) / sizes
+    return influence(quadratic) / sizes
 
 
 def marginal(quadratic: Quadratic) -> jax.Array:
-    """What the best joint step loses without group k: (K,), loss; 0 where a_k ≤ 0.
+    """Marginal influence: the loss that the best joint step wins by group k, (K,); 0 if a_k ≤ 0.
 
     The joint step over all groups with a_k > 0 is worth J = ½ bᵀA⁻¹b. Without row and column k it
     is worth J_k, and by the block inverse J − J_k = ½ x_k²/(A⁻¹)_kk, x = A⁻¹b: one system in place

@@ -1,14 +1,21 @@
-"""The state of `hidlr`."""
+"""The state of `hidlr`, and where in a run it stands."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import optax
+
+from hidlr_optax._groups import Groups
+
+PerGroup = TypeVar("PerGroup")
 
 
-class HiDLRState(NamedTuple):
+class HiDLRState(NamedTuple, Generic[PerGroup]):
     """State of `hidlr`: O(K) scalars, per-group ones in dicts keyed by label.
+
+    Inside a refresh, they are (K,) arrays in the order of the sorted labels.
 
     Attributes:
       count: () int32, updates so far.
@@ -18,8 +25,8 @@ class HiDLRState(NamedTuple):
       group_learning_rates: η, () float32 each, without the schedule's factor.
       slope: b, () float32 each, loss per unit learning rate, averaged over refreshes.
       curvature: a, () float32 each, loss per unit learning rate squared, averaged.
-      influence: PPI, () float32 each, loss per parameter, of the last refresh whose curvature was
-        positive; zero before.
+      influence: the influence per parameter (PPI), () float32 each, loss per parameter, of the last
+        refresh whose curvature was positive; zero before.
       measured_slope: b of the last refresh alone, () float32 each, not averaged; zero where it was
         not finite.
       measured_curvature: a of the last refresh alone, () float32 each, not averaged; zero where it
@@ -28,7 +35,7 @@ class HiDLRState(NamedTuple):
         on its diagonal, averaged; None where the estimator does not measure it.
       measurements: () int32 each, how many refreshes the averages hold.
       kept: () int32 each, a `Kept`: why the last refresh kept the group's rate, 0 if it did not.
-      progress: what the default solver, `hold`, remembers; () for other solvers.
+      progress: the averages of the default solver, `hold`; () for other solvers.
       direction: u of the last update, like params, for `slope="lagged"`; () for other slopes.
     """
 
@@ -36,17 +43,44 @@ class HiDLRState(NamedTuple):
     refreshes: jax.Array
     cuts: jax.Array
     schedule_factor: jax.Array
-    group_learning_rates: dict[str, jax.Array]
-    slope: dict[str, jax.Array]
-    curvature: dict[str, jax.Array]
-    influence: dict[str, jax.Array]
-    measured_slope: dict[str, jax.Array]
-    measured_curvature: dict[str, jax.Array]
+    group_learning_rates: PerGroup
+    slope: PerGroup
+    curvature: PerGroup
+    influence: PerGroup
+    measured_slope: PerGroup
+    measured_curvature: PerGroup
     coupling: Any
-    measurements: dict[str, jax.Array]
-    kept: dict[str, jax.Array]
+    measurements: PerGroup
+    kept: PerGroup
     progress: Any
     direction: Any
+
+
+Stored = HiDLRState[dict[str, jax.Array]]
+Packed = HiDLRState[jax.Array]
+
+_COUNTS = ("measurements", "kept")
+_PER_GROUP = (
+    "group_learning_rates",
+    "slope",
+    "curvature",
+    "influence",
+    "measured_slope",
+    "measured_curvature",
+    *_COUNTS,
+)
+
+
+def pack(state: Stored, groups: Groups) -> Packed:
+    """The state with (K,) arrays for the dicts keyed by label."""
+    fields: dict[str, Any] = {name: groups.pack(getattr(state, name)) for name in _PER_GROUP}
+    return HiDLRState(**state._asdict() | fields)
+
+
+def unpack(state: Packed, groups: Groups) -> Stored:
+    """The state with dicts keyed by label for the (K,) arrays."""
+    fields: dict[str, Any] = {name: groups.unpack(getattr(state, name)) for name in _PER_GROUP}
+    return HiDLRState(**state._asdict() | fields)
 
 
 def initial_rates(initial: Any, names: tuple[str, ...]) -> dict[str, jax.Array]:
@@ -68,26 +102,67 @@ def initial_rates(initial: Any, names: tuple[str, ...]) -> dict[str, jax.Array]:
 
 def initial_state(
     names: tuple[str, ...], init_learning_rate: Any, couples: bool, progress: Any, direction: Any
-) -> HiDLRState:
-    """Before the first update."""
-
-    def zeros(dtype: Any) -> dict[str, jax.Array]:
-        return {name: jnp.zeros((), dtype) for name in names}
-
+) -> Stored:
+    """The state before the first update."""
+    per_group = {
+        field: {name: jnp.zeros((), kind) for name in names}
+        for field in _PER_GROUP
+        for kind in [jnp.int32 if field in _COUNTS else jnp.float32]
+    }
     return HiDLRState(
         count=jnp.zeros((), jnp.int32),
         refreshes=jnp.zeros((), jnp.int32),
         cuts=jnp.zeros((), jnp.int32),
         schedule_factor=jnp.ones((), jnp.float32),
-        group_learning_rates=initial_rates(init_learning_rate, names),
-        slope=zeros(jnp.float32),
-        curvature=zeros(jnp.float32),
-        influence=zeros(jnp.float32),
-        measured_slope=zeros(jnp.float32),
-        measured_curvature=zeros(jnp.float32),
+        **per_group | {"group_learning_rates": initial_rates(init_learning_rate, names)},
         coupling=jnp.zeros((len(names), len(names)), jnp.float32) if couples else None,
-        measurements=zeros(jnp.int32),
-        kept=zeros(jnp.int32),
         progress=progress,
         direction=direction,
     )
+
+
+class Clock(NamedTuple):
+    """The place of a call of `update` in its run.
+
+    Attributes:
+      warmup: () int32, the number of first updates during which the rates are found.
+      finding: () bool, whether this is one of them.
+      due: () bool, whether there is a refresh.
+      allowed: () bool, whether there may be one.
+      factor: () float32, of the schedule.
+    """
+
+    warmup: jax.Array
+    finding: jax.Array
+    due: jax.Array
+    allowed: jax.Array
+    factor: jax.Array
+
+
+def clock(
+    count: jax.Array,
+    update_interval: Any,
+    warmup: Any,
+    schedule: optax.Schedule | None,
+    refresh: Any,
+) -> Clock:
+    """Reads the clock at the update after `count` others."""
+    interval = jnp.asarray(update_interval).astype(jnp.int32)
+    warmup = jnp.asarray(warmup).astype(jnp.int32)
+    finding = count < warmup
+    allowed = jnp.asarray(refresh)
+    factor = jnp.asarray(1.0 if schedule is None else schedule(count), jnp.float32)
+    due = ((count % interval == 0) | finding) & allowed
+    return Clock(warmup, finding, due, allowed, factor)
+
+
+def refresh_if(due: jax.Array, refreshed: Callable[[], Packed], state: Packed) -> Packed:
+    """The refreshed state where one is due."""
+    try:
+        return jax.lax.cond(due, refreshed, lambda: state)
+    except TypeError as error:
+        error.add_note(
+            "If this is inside shard_map: the loss differs from device to device, and each would "
+            "come to its own learning rates. Use jax.lax.pmean on the loss, value and grad."
+        )
+        raise

@@ -6,19 +6,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hidlr_optax._checks import bind_loss, check_arguments, check_like, check_scalar
+from hidlr_optax._arguments import bind_loss, check_arguments, check_like, check_scalar
 from hidlr_optax._groups import Groups
+from hidlr_optax._measurement import Estimator, Measurement, measure
 from hidlr_optax._quadratic import Kept, Quadratic
-from hidlr_optax._solvers import diagonal, vertices
 from hidlr_optax._state import initial_rates
-from hidlr_optax._transform import trust
-from hidlr_optax.curvature import Estimator, Measurement, probes
+from hidlr_optax._step_loss import StepLoss
+from hidlr_optax.curvature import probes
+from hidlr_optax.solvers import diagonal, parabola_minima
 
 _ROUND_CHANGE = 100.0
 
 
 class Suggestion(NamedTuple):
-    """What `suggest` found. Arrays are ordered like `labels`.
+    """Rates found by `suggest`. Arrays are ordered like `labels`.
 
     Attributes:
       labels: the K group names, sorted.
@@ -44,14 +45,14 @@ class Suggestion(NamedTuple):
 
 def _trust(measured: Measurement) -> jax.Array:
     """(K,) of `Kept`. A search can go on where slope or curvature are lost in rounding."""
-    kept = trust(measured)
+    kept = measured.statuses()
     lost = (kept == Kept.NO_SLOPE) | (jnp.abs(measured.quadratic.curvature) < measured.floor)
     return jnp.where(lost & (kept != Kept.NON_FINITE), Kept.UNRESOLVED, kept)
 
 
 def _next_scale(rates: jax.Array, found: jax.Array, kept: jax.Array) -> jax.Array:
-    """Where to probe in the next round, at most a hundred times away."""
-    scale = jnp.where(kept == Kept.NO, jnp.abs(found), rates)
+    """(K,) rates to probe at in the next round, at most a hundred times away."""
+    scale = jnp.where(kept == Kept.UPDATED, jnp.abs(found), rates)
     scale = jnp.where(kept == Kept.UNRESOLVED, rates * _ROUND_CHANGE, scale)
     scale = jnp.where(kept == Kept.NON_FINITE, rates / _ROUND_CHANGE, scale)
     return jnp.clip(scale, rates / _ROUND_CHANGE, rates * _ROUND_CHANGE)
@@ -107,21 +108,21 @@ def suggest(
         raise ValueError(f"rounds must be 1 or more, got {rounds}")
     groups = Groups.of(param_labels, params)
     check_like(direction, params, "direction")
-    loss = bind_loss(loss_fn, None, batch, {})
-    check_scalar(loss, groups, params, direction, no_batch=batch is None)
+    step_loss = StepLoss(bind_loss(loss_fn, None, batch, {}), params, direction, groups)
+    check_scalar(step_loss, no_batch=batch is None)
     rates = groups.pack(initial_rates(init_learning_rate, groups.names))
 
     @jax.jit
     def one_round(rates: jax.Array) -> tuple[Measurement, jax.Array, jax.Array]:
-        measured = curvature.estimate(loss, params, direction, groups, rates, batch=batch)
-        return measured, *vertices(measured.quadratic, _trust(measured))
+        measured = measure(curvature, step_loss, rates, batch=batch)
+        return measured, *parabola_minima(measured.quadratic, _trust(measured))
 
     measured, found, kept = one_round(rates)
     for _ in range(rounds - 1):
         rates = _next_scale(rates, found, kept)
         measured, found, kept = one_round(rates)
-    rates = jnp.where(kept == Kept.NO, found, rates)
-    joint = jax.jit(lambda offset: loss(groups.step(params, direction, offset)))
+    rates = jnp.where(kept == Kept.UPDATED, found, rates)
+    joint = jax.jit(step_loss)
     return Suggestion(
         labels=groups.names,
         learning_rates=dict(zip(groups.names, map(float, rates), strict=True)),

@@ -1,143 +1,38 @@
-"""The Optax transformation: estimate -> average -> minimise -> guard -> scale."""
+"""The Optax transformation: checks what comes, asks the rule for rates, scales the step.
 
-import functools
+A refresh is in `_hold_refresh`, of `coupled` and `diagonal` in `_one_step`.
+"""
+
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
-from hidlr_optax._checks import (
+from hidlr_optax._arguments import (
     LossFn,
     Slope,
     bind_loss,
     check_arguments,
+    check_gradient,
     check_like,
     check_scalar,
-    check_slope,
-    refresh_if,
     usable_value,
 )
-from hidlr_optax._groups import Groups, wide
-from hidlr_optax._hold import Hold, begin, hold
-from hidlr_optax._look import Call, Rule, held
-from hidlr_optax._quadratic import Kept, Quadratic, average, influence
-from hidlr_optax._safety import afloat, cut, first_rates
-from hidlr_optax._solvers import Solver
-from hidlr_optax._state import HiDLRState, initial_rates, initial_state
-from hidlr_optax.curvature import Estimator, Measurement, probes, secant
+from hidlr_optax._groups import Groups
+from hidlr_optax._hold import Hold, hold
+from hidlr_optax._hold_refresh import HoldRule
+from hidlr_optax._measurement import Estimator
+from hidlr_optax._one_step import OneStepRule
+from hidlr_optax._state import HiDLRState, Stored, clock, initial_state, pack, unpack
+from hidlr_optax._step_loss import SLOPE_SOURCES, Evidence, StepLoss
+from hidlr_optax.curvature import probes, secant
+from hidlr_optax.solvers import Solver
 
 
 def _is_stand_in(params: Any) -> bool:
     """Whether this is optax.tree.map_params, which initialises with an object without leaves."""
     return type(params).__name__ == "_ParamsPlaceholder"
-
-
-def trust(measured: Measurement) -> jax.Array:
-    """(K,) of `Kept`: which groups' measurements can be used at all.
-
-    One loss that is not finite keeps every group: it says that some probe left the region in which
-    the model means anything, and which one is not known to the others.
-    """
-    slope, curvature, coupling = measured.quadratic
-    finite = jnp.isfinite(slope) & jnp.isfinite(curvature)
-    if coupling is not None:
-        finite &= jnp.all(jnp.isfinite(coupling), axis=1)
-    kept = jnp.where(slope == 0, Kept.NO_SLOPE, Kept.UNRESOLVED)
-    kept = jnp.where(measured.resolved, Kept.NO, kept)
-    return jnp.where(jnp.all(finite), kept, jnp.where(finite, Kept.OTHER_GROUP, Kept.NON_FINITE))
-
-
-def _alone(measured: Measurement) -> tuple[jax.Array, jax.Array]:
-    """Slope and curvature of one refresh, zero where there is no number to be had."""
-    slope, curvature, _ = measured.quadratic
-    seen = jnp.isfinite(curvature) & (jnp.abs(curvature) > measured.floor)
-    return jnp.where(jnp.isfinite(slope), slope, 0), jnp.where(seen, curvature, 0)
-
-
-def _refresh(
-    state: HiDLRState, rates: jax.Array, measured: Measurement, groups: Groups, solver: Solver
-) -> HiDLRState:
-    """Averages what was measured into the state and solves for the rates, starting from `rates`."""
-    kept = trust(measured)
-    usable = kept == Kept.NO
-    measurements = groups.pack(state.measurements) + usable.astype(jnp.int32)
-
-    def averaged(mean: jax.Array, new: jax.Array) -> jax.Array:
-        use, counts = usable, measurements
-        if new.ndim == 2:  # a pair of groups counts where both do
-            use, counts = use[:, None] & use, jnp.minimum(counts[:, None], counts)
-        return jnp.where(use, average(mean, new, solver.averaging, counts), mean)
-
-    means = Quadratic(groups.pack(state.slope), groups.pack(state.curvature), state.coupling)
-    quadratic = jax.tree.map(averaged, means, measured.quadratic)
-    rates, kept = solver.solve(quadratic, rates, kept, measured.floor)
-    sizes = jnp.asarray(groups.sizes, jnp.float32)
-    convex = (kept == Kept.NO) & (quadratic.curvature > measured.floor)
-    ppi = jnp.where(convex, influence(quadratic, sizes), groups.pack(state.influence))
-    measured_slope, measured_curvature = _alone(measured)
-    return state._replace(
-        refreshes=optax.safe_increment(state.refreshes),
-        group_learning_rates=groups.unpack(rates),
-        slope=groups.unpack(quadratic.slope),
-        curvature=groups.unpack(quadratic.curvature),
-        influence=groups.unpack(ppi),
-        measured_slope=groups.unpack(measured_slope),
-        measured_curvature=groups.unpack(measured_curvature),
-        coupling=quadratic.coupling,
-        measurements=groups.unpack(measurements),
-        kept=groups.unpack(kept),
-    )
-
-
-def _previous(state: HiDLRState, updates: Any) -> Any:
-    """The direction of the step that led to params; the coming one at the first update."""
-    return jax.tree.map(
-        lambda old, new: jnp.where(state.count == 0, new, old.astype(new.dtype)),
-        state.direction,
-        updates,
-    )
-
-
-def _at_start(measured: Measurement, travelled: jax.Array) -> Measurement:
-    """Moves the slope from the end of a step to its start, b + Aη, η the rates it took.
-
-    So the slope at the start belongs to a batch that the direction has not seen, and where the
-    measured slope at the end is zero, the minimum lies at the rates taken, whatever the curvature.
-    """
-    quadratic = measured.quadratic
-    return measured._replace(quadratic=quadratic._replace(slope=quadratic.slope_at(-travelled)))
-
-
-def _guarded(
-    refreshed: HiDLRState,
-    rates: jax.Array,
-    loss: Callable[[Any], jax.Array],
-    params: Any,
-    updates: Any,
-    value: jax.Array,
-    slope: jax.Array | None,
-    groups: Groups,
-    max_rise: float,
-) -> HiDLRState:
-    """The refreshed state, its rates neither lost nor such that the coming step does harm.
-
-    The step is judged at full rates, as it will be after warm-up.
-    """
-    quadratic = Quadratic(groups.pack(refreshed.slope), groups.pack(refreshed.curvature))
-    rates = afloat(groups.pack(refreshed.group_learning_rates), rates, quadratic, value)
-    after = loss(groups.step(params, updates, rates))
-    dtype = wide(after.dtype)
-    change = (after.astype(dtype) - value.astype(dtype)).astype(jnp.float32)
-    factor = cut(rates, change, value.astype(jnp.float32), slope, max_rise)
-    # A step that is not finite at any rate says nothing about the rates.
-    judged = jnp.isfinite(value) & jnp.all(jnp.isfinite(groups.inner(updates, updates)))
-    factor = jnp.where(judged, factor, 1.0)
-    return refreshed._replace(
-        group_learning_rates=groups.unpack(rates * factor),
-        cuts=refreshed.cuts + (factor < 1).astype(jnp.int32),
-    )
 
 
 def hidlr(
@@ -225,27 +120,28 @@ def hidlr(
       >>> sorted(optax.tree.get(state, "group_learning_rates"))
       ['bias', 'weight']
     """
-    holds = isinstance(solver, Hold)
-    if curvature is None:
-        curvature = secant() if holds else probes()
+    default = secant if isinstance(solver, Hold) else probes
+    estimator = default() if curvature is None else curvature
     check_arguments(
-        loss_fn, init_learning_rate, update_interval, schedule, curvature, slope, solver, warmup
+        loss_fn, init_learning_rate, update_interval, schedule, estimator, slope, solver, warmup
     )
+    source = SLOPE_SOURCES[slope]
+    if isinstance(solver, Hold):
+        rule = HoldRule(solver, estimator, source, init_learning_rate)
+    else:
+        rule = OneStepRule(solver, estimator, source)
 
-    def init_fn(params: Any) -> HiDLRState:
-        direction = optax.tree.zeros_like(params, lagged_dtype) if slope == "lagged" else ()
+    def init_fn(params: Any) -> Stored:
         if _is_stand_in(params):
             # Which fields are like params is all that is asked for: a prefix of the state says it.
-            fields: dict[str, Any] = {field: jnp.zeros(()) for field in HiDLRState._fields}
-            if holds or not curvature.couples:
-                fields["coupling"] = None
-            fields["progress"] = jax.tree.map(lambda _: jnp.zeros(()), begin()) if holds else ()
-            fields["direction"] = params if slope == "lagged" else ()
+            fields: dict[str, Any] = dict.fromkeys(HiDLRState._fields, jnp.zeros(()))
+            fields["coupling"] = jnp.zeros(()) if rule.couples else None
+            fields["progress"] = rule.begin()
+            fields["direction"] = params if source.looks_back else ()
             return HiDLRState(**fields)
-        groups = Groups.of(param_labels, params)
-        progress = begin() if holds else ()
-        couples = curvature.couples and not holds
-        return initial_state(groups.names, init_learning_rate, couples, progress, direction)
+        names = Groups.of(param_labels, params).names
+        direction = optax.tree.zeros_like(params, lagged_dtype) if source.looks_back else ()
+        return initial_state(names, init_learning_rate, rule.couples, rule.begin(), direction)
 
     def update_fn(
         updates: Any,
@@ -258,83 +154,28 @@ def hidlr(
         value_fn: Callable[..., Any] | None = None,
         refresh: Any = True,
         **extra_args: Any,
-    ) -> tuple[Any, HiDLRState]:
+    ) -> tuple[Any, Stored]:
         if params is None:
             raise ValueError(
                 "hidlr probes the loss around params: call update(updates, state, params, ...)"
             )
         groups = Groups.of(param_labels, params)
         check_like(updates, params, "updates")
-        check_slope(slope, curvature, init_learning_rate, grad, params)
+        check_gradient(source, estimator, init_learning_rate, grad, params)
         loss = bind_loss(loss_fn, value_fn, batch, extra_args)
-        no_batch = batch is None and value_fn is None
-        check_scalar(loss, groups, params, updates, no_batch)
-        value = usable_value(value, params)
+        coming = StepLoss(loss, params, updates, groups)
+        check_scalar(coming, no_batch=batch is None and value_fn is None)
 
-        interval = jnp.asarray(update_interval).astype(jnp.int32)
-        length = jnp.asarray(warmup).astype(jnp.int32)
+        previous = state.direction if source.looks_back else None
+        evidence = Evidence(coming, previous, usable_value(value, params), grad, batch)
+        now = clock(state.count, update_interval, warmup, schedule, refresh)
         # The stored direction stays out of the branches: it is replaced below at every step, and
         # a copy as large as the parameters need not be carried through them.
-        scalars = state._replace(direction=())
-
-        def refreshed(solver: Solver) -> HiDLRState:
-            at = value
-            if at is None:
-                at = loss(groups.step(params, updates, jnp.zeros(len(groups))))
-            present = None if grad is None else -groups.inner(grad, updates)
-            taken = rates = groups.pack(state.group_learning_rates)
-            if present is not None:
-                begins = (state.refreshes == 0) & (length > 0)
-                rates = jnp.where(begins, first_rates(rates, at, present), rates)
-            along = _previous(state, updates) if slope == "lagged" else updates
-            known = None if grad is None or slope == "probes" else -groups.inner(grad, along)
-            measured = curvature.estimate(
-                loss,
-                params,
-                along,
-                groups,
-                rates,
-                value=at,
-                slope=known,
-                expected=Quadratic(groups.pack(state.slope), groups.pack(state.curvature)),
-                batch=batch,
-                step=state.count,
-            )
-            if slope == "lagged":
-                travelled = jnp.where(state.count == 0, 0.0, taken * state.schedule_factor)
-                measured = _at_start(measured, travelled)
-            new = _refresh(scalars, rates, measured, groups, solver)
-            if solver.max_rise is None:
-                return new
-            return _guarded(new, rates, loss, params, updates, at, present, groups, solver.max_rise)
-
-        finding = state.count < length
-        due = ((state.count % interval == 0) | finding) & jnp.asarray(refresh)
-        factor = jnp.asarray(1.0 if schedule is None else schedule(state.count), jnp.float32)
-        if isinstance(solver, Hold):
-            asked = 1e-3 if init_learning_rate is None else init_learning_rate
-            rule = Rule(
-                solver,
-                curvature,
-                finding=finding,
-                due=due,
-                allowed=jnp.asarray(refresh),
-                watching=finding,
-                factor=factor,
-                initial=groups.pack(initial_rates(asked, groups.names)),
-            )
-            previous = state.direction if slope == "lagged" else None
-            gradient = None if slope == "probes" else grad
-            call = Call(loss, params, updates, previous, groups, batch, value, gradient)
-            new = held(scalars, call, rule)
-        else:
-            new = refresh_if(due, functools.partial(refreshed, solver), scalars)
-            ramp = (new.count + 1) / jnp.maximum(length, 1)
-            factor *= jnp.minimum(ramp, 1.0).astype(jnp.float32)
-        rates = groups.pack(new.group_learning_rates) * factor
-        direction = optax.tree.cast(updates, lagged_dtype) if slope == "lagged" else ()
-        return groups.scale(updates, rates), new._replace(
+        new, factor = rule.update(pack(state._replace(direction=()), groups), evidence, now)
+        direction = optax.tree.cast(updates, lagged_dtype) if source.looks_back else ()
+        new = new._replace(
             count=optax.safe_increment(new.count), schedule_factor=factor, direction=direction
         )
+        return groups.scale(updates, new.group_learning_rates * factor), unpack(new, groups)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

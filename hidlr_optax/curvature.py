@@ -1,13 +1,12 @@
 """Estimators: from losses along the group steps to the quadratic in the learning rates.
 
-An estimator is a frozen, hashable value with a method `estimate(loss, params, direction, groups,
-rates, ...) -> Measurement`. It knows nothing of solvers, averages or training loops. `couples` says
+An estimator is a frozen, hashable value with a method `estimate(step_loss, rates, ...) ->
+Measurement`. It knows nothing of solvers, averages or training loops. `couples` says
 whether it measures A_kl between groups, `separates` whether it tells them apart at all.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +20,17 @@ from hidlr_optax._derivatives import (
     hessian,
     secant,
 )
-from hidlr_optax._groups import Groups, wide
-from hidlr_optax._measurement import RESOLUTION, Measurement, check_batch_size, evaluate
+from hidlr_optax._groups import wide
+from hidlr_optax._measurement import (
+    RESOLUTION,
+    Estimator,
+    Measurement,
+    check_batch_size,
+    evaluate,
+)
 from hidlr_optax._parabola import Parabola, parabola
 from hidlr_optax._quadratic import Quadratic, fit_axes, fit_joint
+from hidlr_optax._step_loss import StepLoss
 
 __all__ = [
     "Estimator",
@@ -34,6 +40,7 @@ __all__ = [
     "Parabola",
     "Probes",
     "Secant",
+    "StepLoss",
     "gauss_newton",
     "hessian",
     "parabola",
@@ -44,7 +51,7 @@ __all__ = [
 _EVEN_PART = 2e-3  # of the loss: what a pair of probes at ±h is to change it by, 2·½ a h²
 _LINEAR_PART = 1e-2  # of the loss, by the slope, where the curvature is not known yet
 _SHORTEST, _LONGEST = 10.0, 30.0  # how much nearer or further than the current rate
-_UNKNOWN_SCALE = 1e6
+_UNKNOWN_SCALE = 1e6  # the same, by the slope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +70,8 @@ class Probes:
     batch_size: int | None
     seed: int
 
-    couples: ClassVar[bool] = False  # joint draws meet the coupling, but do not fit it
-    separates: ClassVar[bool] = True
+    couples = False  # joint draws meet the coupling, but do not fit it
+    separates = True
 
     @property
     def fits_slope(self) -> bool:
@@ -81,7 +88,7 @@ class Probes:
         return (steps // 2 * np.where(steps % 2, -1.0, 1.0)).astype(np.float32)
 
     def points(self, num_groups: int, step: jax.Array | int) -> jax.Array:
-        """(n, K): where to probe, in units of the reach."""
+        """(n, K): where to probe, in units of the probe scale."""
         if self.design == "axis":
             return jnp.asarray(
                 np.kron(np.eye(num_groups), self._axis_points()[:, None]), jnp.float32
@@ -89,10 +96,10 @@ class Probes:
         key = jax.random.fold_in(jax.random.key(self.seed), step)
         return jax.random.normal(key, (self.forward_passes(num_groups), num_groups), jnp.float32)
 
-    def reach(
+    def probe_scale(
         self, rates: jax.Array, slope: jax.Array | None, value: jax.Array, expected: Quadratic
     ) -> jax.Array:
-        """How far to probe each group, (K,): where the loss changes by a small, resolvable part.
+        """Offsets at which to probe, (K,): where the loss changes by a small, resolvable part.
 
         The even part of the loss at ±h is a h²: h = √(0.002 |L|/a) by the curvature found so far.
         Before one is found, h = 0.01 |L|/|b| by the slope. Otherwise, and for joint draws, whose
@@ -108,23 +115,20 @@ class Probes:
             return rates
         rates = jnp.abs(rates)  # axis probes lie to either side
         size = jnp.abs(value).astype(jnp.float32)
-        unknown = rates
+        by_slope = rates
         if slope is not None:
             steep = jnp.abs(slope).astype(jnp.float32)
             linear = _LINEAR_PART * size / jnp.where(steep > 0, steep, 1)
             linear = jnp.clip(linear, rates / _UNKNOWN_SCALE, rates * _UNKNOWN_SCALE)
-            unknown = jnp.where(steep > 0, linear, rates)
-        seen = expected.curvature > 0
-        known = jnp.sqrt(_EVEN_PART * size / jnp.where(seen, expected.curvature, 1))
-        known = jnp.clip(known, rates / _SHORTEST, rates * _LONGEST)
-        return jnp.where(seen & (size > 0), known, jnp.where(size > 0, unknown, rates))
+            by_slope = jnp.where(steep > 0, linear, rates)
+        curved = expected.curvature > 0
+        even = jnp.sqrt(_EVEN_PART * size / jnp.where(curved, expected.curvature, 1))
+        even = jnp.clip(even, rates / _SHORTEST, rates * _LONGEST)
+        return jnp.where(curved & (size > 0), even, jnp.where(size > 0, by_slope, rates))
 
     def estimate(
         self,
-        loss: Callable[[Any], jax.Array],
-        params: Any,
-        direction: Any,
-        groups: Groups,
+        step_loss: StepLoss,
         rates: jax.Array,
         *,
         slope: jax.Array | None = None,
@@ -136,15 +140,12 @@ class Probes:
         """Probes the loss group by group, or jointly, and fits slope and curvature.
 
         Args:
-          loss: params -> scalar. Called with parameters in float32 or wider.
-          params: w.
-          direction: u, like params.
-          groups: the K groups.
+          step_loss: ℓ, the loss along the K group steps.
           rates: η, (K,), the current rates.
           slope: b, (K,), where known from the gradient; fitted otherwise.
-          value: the loss at `params`, where known; evaluated otherwise.
+          value: ℓ(0), where known; evaluated otherwise.
           expected: what was found so far, which sets how far to probe; None: at the current rates.
-          batch: not used, `loss` knows it.
+          batch: not used, `step_loss` knows it.
           step: changes the gaussian draws from refresh to refresh.
 
         Returns:
@@ -152,21 +153,19 @@ class Probes:
         """
         del batch
         if value is None:
-            value = loss(groups.step(params, direction, jnp.zeros_like(rates)))
-        unit = rates if expected is None else self.reach(rates, slope, value, expected)
-        points = self.points(len(groups), step)
+            value = step_loss.start()
+        unit = rates if expected is None else self.probe_scale(rates, slope, value, expected)
+        points = self.points(len(rates), step)
         offsets = points * unit
-        losses: jax.Array = evaluate(
-            lambda offset: loss(groups.step(params, direction, offset)), offsets, self.batch_size
-        )
+        losses: jax.Array = evaluate(step_loss, offsets, self.batch_size)
         eps = jnp.finfo(losses.dtype).eps
         losses = losses.astype(wide(losses.dtype))
         changes = losses - value.astype(losses.dtype)
         scaled = self._fit(points, changes, slope, unit)
-        rounding = RESOLUTION * float(eps) * self._largest(losses, value, len(groups))
+        rounding = RESOLUTION * float(eps) * self._largest(losses, value, len(rates))
         return Measurement(
             quadratic=scaled.scaled(1 / unit),
-            resolved=self._largest(changes, jnp.zeros(()), len(groups)) > rounding,
+            resolved=self._largest(changes, jnp.zeros(()), len(rates)) > rounding,
             floor=rounding / unit**2,
             offsets=offsets,
             changes=changes.astype(jnp.float32),
@@ -175,14 +174,14 @@ class Probes:
     def _fit(
         self, points: jax.Array, changes: jax.Array, slope: jax.Array | None, unit: jax.Array
     ) -> Quadratic:
-        """The quadratic in units of the reach."""
+        """The quadratic in units of the probe scale."""
         dtype = changes.dtype
-        known = None if slope is None else slope.astype(dtype) * unit.astype(dtype)
+        slope = None if slope is None else slope.astype(dtype) * unit.astype(dtype)
         if self.design == "gaussian":
-            fitted = fit_joint(points.astype(dtype), changes, known)
+            fitted = fit_joint(points.astype(dtype), changes, slope)
         else:
             axis = jnp.asarray(self._axis_points(), dtype)
-            fitted = fit_axes(axis, changes.reshape(-1, self.per_group), known)
+            fitted = fit_axes(axis, changes.reshape(-1, self.per_group), slope)
         return jax.tree.map(lambda coefficient: coefficient.astype(jnp.float32), fitted)
 
     def _largest(self, at_probes: jax.Array, value: jax.Array, num_groups: int) -> jax.Array:
@@ -203,9 +202,9 @@ def probes(
     """Slope and curvature from `per_group`·K evaluations of the loss, no differentiation.
 
     Args:
-      design: where to evaluate. "axis": one group at a time, at 1, −1, 2, −2, … times a reach at
-        which the loss changes by a few parts in a thousand; the fit of one group knows nothing of
-        the others. "gaussian": all groups jointly, at draws from N(0, η_k²) per group, as in the
+      design: where to evaluate. "axis": one group at a time, at 1, −1, 2, −2, … times a scale
+        at which the loss changes by a few parts in a thousand; the fit of one group knows nothing
+        of the others. "gaussian": all groups jointly, at draws from N(0, η_k²) per group, as in the
         paper's Algorithm 1. There, the coupling between groups is noise in the fit.
       per_group: evaluations per group: 2 or more to fit slope and curvature, 1 suffices where the
         slope is known from the gradient. The pair ±1 is free of the cubic error. 4 in the paper.
@@ -230,6 +229,3 @@ def probes(
         raise ValueError(f"per_group must be 1 or more, got {per_group}")
     check_batch_size(batch_size)
     return Probes(design, per_group, batch_size, seed)
-
-
-Estimator = Probes | Hessian | GaussNewton | Secant | Parabola

@@ -13,7 +13,7 @@ from flax import nnx
 from flax.training import train_state
 
 from hidlr_optax._partition import trainable_labels
-from hidlr_optax._paths import leaf_paths, shown
+from hidlr_optax._paths import leaf_paths, listing
 from hidlr_optax._plan import Plan
 
 
@@ -189,7 +189,7 @@ def label_by_filter(
             uncovered.append(name)
         labels[name] = found
     if uncovered:
-        raise ValueError(f"no rule selects {shown(uncovered)}; add one, or pass default='rest'")
+        raise ValueError(f"no rule selects {listing(uncovered)}; add one, or pass default='rest'")
     return flax.traverse_util.unflatten_dict(labels)
 
 

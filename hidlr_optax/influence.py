@@ -1,4 +1,4 @@
-"""Reading the state: flat scalars for any logger, and what each group is worth over a run.
+"""Metrics and influence: the state as flat scalars, and what each group is worth over a run.
 
 The paper ranks groups by influence summed over training. One refresh says little: `start`,
 `accumulate` at every step, `summarise` at the end.
@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hidlr_optax._report import GroupInfluence, Influence
-from hidlr_optax._running import LIMB, Moments, Running, count, start
+from hidlr_optax._influence_moments import LIMB, Moments, Running, count, start
+from hidlr_optax._influence_report import GroupInfluence, Influence
 from hidlr_optax._state import HiDLRState
 
 __all__ = [
@@ -54,7 +54,7 @@ def find_state(opt_state: Any) -> HiDLRState:
 
 
 def metrics(opt_state: Any) -> dict[str, jax.Array]:
-    """What `hidlr` knows, as a flat dict of () arrays; works inside jit.
+    """Rates, slopes, curvatures and influences as a flat dict of () arrays; works inside jit.
 
     The arrays are the caller's own: they outlive a state that is donated to the next step.
 
@@ -66,9 +66,9 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
       For each label: `learning_rate/…` (as applied at the last update, schedule included; without
       it, `optax.tree.get(opt_state, "group_learning_rates")`),
       `slope/…` (b, loss per unit learning rate), `curvature/…` (a, loss per unit learning rate
-      squared), `influence/…` (PPI, loss per parameter) and `kept/…` (a `Kept`: 0 where the last
-      refresh set a new rate, else the reason why not). Beside them `refreshes` and `cuts`, how
-      often the guard stepped in.
+      squared), `influence/…` (influence per parameter, PPI: loss per parameter) and `kept/…` (a
+      `Kept`: 0 where the last refresh set a new rate, else the reason why not). Beside them
+      `refreshes` and `cuts`, how often the guard stepped in.
 
     Raises:
       ValueError: there is no `HiDLRState` in the state, or more than one.
@@ -169,7 +169,7 @@ def _mean_and_error(moments: Moments, name: str) -> tuple[float | None, float | 
 
 
 def summarise(running: Running) -> Influence:
-    """What was counted, as Python numbers on the host.
+    """Summarises the counts as Python numbers on the host.
 
     Args:
       running: from `accumulate`.

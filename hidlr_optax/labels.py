@@ -1,4 +1,4 @@
-"""Who belongs to which group: pytrees of label names, made from the paths of the parameters.
+"""Labels: pytrees of group names, made from the paths of the parameters.
 
 Every function here returns a pytree of str with the structure of `params`. It looks at the paths
 alone, never at values, so it also serves as the callable form of `param_labels`
@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from hidlr_optax._paths import Path, leaf_paths, shown
+from hidlr_optax._paths import Path, leaf_paths, listing
 
 # Component patterns, tried in this order; the first that matches any component of a path decides.
 # LoRA comes first because adapters sit inside heads and norms, `norm` before `embed` because
@@ -67,7 +67,7 @@ def label_by_path(params: Any, rules: Sequence[tuple[str, str]], default: str | 
         if not any(pattern.fullmatch(path) for path in joined):
             warnings.warn(
                 f"the rule ({pattern.pattern!r}, {label!r}) matches no parameter; paths look like "
-                f"{shown(paths, 3)} and a rule has to match the whole path",
+                f"{listing(paths, 3)} and a rule has to match the whole path",
                 stacklevel=2,
             )
 
@@ -78,7 +78,7 @@ def label_by_path(params: Any, rules: Sequence[tuple[str, str]], default: str | 
     uncovered = [path for path in paths if first_match(path) is None]
     if uncovered:
         raise ValueError(
-            f"no rule covers {shown(uncovered)}; add a rule that matches the whole path, or pass "
+            f"no rule covers {listing(uncovered)}; add a rule that matches the whole path, or pass "
             "default='rest'"
         )
     return _map_paths(lambda path: str(first_match(path)), params)
@@ -149,7 +149,7 @@ def label_by_depth(params: Any, num_groups: int | None = None) -> Any:
     depths = sorted({depth for depth in map(_depth, paths) if depth is not None})
     if not depths:
         raise ValueError(
-            f"no path holds a layer number: {shown(paths)}; label the layers with label_by_path"
+            f"no path holds a layer number: {listing(paths)}; label the layers with label_by_path"
         )
     num_groups = len(depths) if num_groups is None else num_groups
     if not 1 <= num_groups <= len(depths):

@@ -161,12 +161,12 @@ def _draw_parabola(axes: Axes, suggestion: Suggestion, k: int) -> None:
     slope = float(suggestion.quadratic.slope[k])
     curvature = float(suggestion.quadratic.curvature[k])
     rate, kept = suggestion.learning_rates[label], suggestion.kept[label]
-    ends = [0.0, *offsets[own, k], *([rate] if kept == Kept.NO else [])]
+    ends = [0.0, *offsets[own, k], *([rate] if kept == Kept.UPDATED else [])]
     grid = np.linspace(min(ends), max(ends), 200)
     axes.plot(grid, -slope * grid + curvature * grid**2 / 2, label="fitted parabola")
     axes.plot([0.0, *offsets[own, k]], [0.0, *changes[own]], "ko", markersize=4, label="probes")
     title = label
-    if kept == Kept.NO:
+    if kept == Kept.UPDATED:
         axes.axvline(rate, color="tab:red", linestyle=":", label="minimiser")
         title += f": η = {rate:.3g}"
     else:
@@ -254,7 +254,7 @@ def pareto(plans: Iterable[Plan], value: Value = "total") -> Figure:
 
 
 def _difference(plan: Plan, before: Plan | None) -> str:
-    """Which groups train that did not, and which no longer do."""
+    """Names the groups that train and did not, and those that no longer do."""
     old = frozenset() if before is None else before.trainable
     changes = {"+": plan.trainable - old, "−": old - plan.trainable}
     return " ".join(f"{sign} {', '.join(sorted(x))}" for sign, x in changes.items() if x)

@@ -15,7 +15,8 @@ from support import bare
 import hidlr_optax as hd
 from hidlr_optax._groups import Groups
 from hidlr_optax._quadratic import Kept, Quadratic
-from hidlr_optax._solvers import minimise_in_box
+from hidlr_optax._step_loss import StepLoss
+from hidlr_optax.solvers import minimise_in_box
 
 # The curvature between groups.
 
@@ -87,9 +88,8 @@ def _matrix(quadratic):
 
 def _measure(estimator, **kwargs):
     rates = jnp.full(len(_GROUPS), 0.1)
-    return estimator.estimate(
-        lambda p: _loss(p, _BATCH), _PARAMS, _DIRECTION, _GROUPS, rates, batch=_BATCH, **kwargs
-    )
+    step_loss = StepLoss(lambda p: _loss(p, _BATCH), _PARAMS, _DIRECTION, _GROUPS)
+    return estimator.estimate(step_loss, rates, batch=_BATCH, **kwargs)
 
 
 @pytest.mark.parametrize("batch_size", [None, 1, 2])
@@ -248,11 +248,11 @@ def test_all_rates_fall_as_far_as_they_may_where_the_step_as_a_whole_ascends():
 
 
 def test_groups_that_are_not_trusted_keep_their_rates_and_do_not_disturb_the_others():
-    kept = np.array([Kept.NO, Kept.UNRESOLVED])
+    kept = np.array([Kept.UPDATED, Kept.UNRESOLVED])
     coupling = np.array([[0.0, 5.0], [5.0, 0.0]])
     found, why = _run(_FREE, [1.0, np.nan], [2.0, np.nan], coupling, [0.1, 0.7], kept)
     np.testing.assert_allclose(found, [0.5, np.float32(0.7)], rtol=1e-5)
-    assert list(why) == [Kept.NO, Kept.UNRESOLVED]
+    assert list(why) == [Kept.UPDATED, Kept.UNRESOLVED]
 
 
 _NUMBERS = st.floats(-1e6, 1e6, width=32)
@@ -312,7 +312,7 @@ def test_any_quadratic_of_any_size_gives_finite_rates_in_the_box_and_the_closed_
     quadratic = hd.Quadratic(jnp.float32(slope / rates), diagonal, coupling)
     found, why = _SOLVE(quadratic, given_rates, kept, floor)
     assert np.all(np.isfinite(found))
-    assert np.all(np.asarray(why) == hd.Kept.NO)
+    assert np.all(np.asarray(why) == hd.Kept.UPDATED)
     factors = np.asarray(found, float) / rates
     assert np.all((factors > 0.5 * (1 - 1e-5)) & (factors < 2 * (1 + 1e-5)))
     if kind == "uncoupled":  # the closed form is what the box QP finds where nothing is coupled

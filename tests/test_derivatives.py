@@ -8,6 +8,7 @@ from support import counted, coupled_hidlr, enable_x64
 
 import hidlr_optax as hd
 from hidlr_optax._groups import Groups
+from hidlr_optax._step_loss import StepLoss
 
 _PARAMS = {"w": jnp.ones(3)}
 
@@ -112,10 +113,7 @@ def test_the_secant_of_a_quadratic_is_its_hessian_times_the_rates(seed, sign, kn
     counting, calls = counted(_quadratic)
     slope, matrix = _along(lambda p: _quadratic(p, batch), params, direction, groups)
     measured = hd.secant().estimate(
-        lambda p: counting(p, batch),
-        params,
-        direction,
-        groups,
+        StepLoss(lambda p: counting(p, batch), params, direction, groups),
         sign * _RATES,
         slope=slope if known else None,
     )
@@ -151,10 +149,7 @@ def test_the_secant_of_a_network_is_its_hessian_to_first_order(known):
         for scale in (0.02, 0.005):
             rates = scale * _RATES
             measured = hd.secant().estimate(
-                lambda p: _mlp(p, batch),
-                params,
-                direction,
-                groups,
+                StepLoss(lambda p: _mlp(p, batch), params, direction, groups),
                 rates,
                 slope=slope if known else None,
             )
@@ -169,7 +164,7 @@ def test_the_secant_of_a_group_without_a_slope_is_not_resolved_and_is_zero():
     params, direction = _three_parts(0)
     groups = Groups.of(_PARTS, params)
     measured = hd.secant().estimate(
-        lambda p: jnp.sum(p["b"] ** 2), params, direction, groups, _RATES
+        StepLoss(lambda p: jnp.sum(p["b"] ** 2), params, direction, groups), _RATES
     )
     assert measured.resolved.tolist() == [False, True]
     assert measured.quadratic.curvature[0] == 0

@@ -103,7 +103,7 @@ def _naive(states):
             state.coupling,
         )
         for k, name in enumerate(names):
-            seen = state.kept[name] in (Kept.NO, Kept.NOT_CONVEX)
+            seen = state.kept[name] in (Kept.UPDATED, Kept.NOT_CONVEX)
             b, a = state.measured_slope[name], state.measured_curvature[name]
             if seen and a > 0:
                 found[name]["total"].append(b * b / a)
@@ -306,7 +306,7 @@ def test_a_group_is_resolved_by_half_of_its_refreshes():
             refreshes=jnp.array(refresh, jnp.int32),
             measured_slope={"all": jnp.array(2.0)},
             measured_curvature={"all": jnp.array(curvature)},
-            kept={"all": jnp.array(Kept.NO, jnp.int32)},
+            kept={"all": jnp.array(Kept.UPDATED, jnp.int32)},
         )
 
     statuses = []

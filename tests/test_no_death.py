@@ -32,7 +32,7 @@ def test_no_rate_dies_on_rosenbrock_wherever_it_begins(initial):
     assert np.all(np.isfinite(losses))
     assert np.all(np.asarray(rates[1:]) > 1e-4)  # the edge of stability is at 1e-3 to 5e-3
     assert float(losses[-1]) < 1e-2
-    assert int(state[1].kept["all"]) == hd.Kept.NO
+    assert int(state[1].kept["all"]) == hd.Kept.UPDATED
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from support import counted
 
 import hidlr_optax as hd
 from hidlr_optax._groups import Groups
+from hidlr_optax._step_loss import StepLoss
 
 _PARAMS = {"a": jnp.array([1.0, -2.0, 0.5]), "b": jnp.array([0.3, 0.1])}
 _LABELS = {"a": "a", "b": "b"}
@@ -29,7 +30,8 @@ def _quadratic(params, seed):
 
 def _estimate(loss, **known):
     groups = Groups.of(_LABELS, _PARAMS)
-    return hd.parabola().estimate(loss, _PARAMS, _DIRECTION, groups, _RATES, **known)
+    step_loss = StepLoss(loss, _PARAMS, _DIRECTION, groups)
+    return hd.parabola().estimate(step_loss, _RATES, **known)
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["slope", "no slope"])

@@ -11,8 +11,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import hidlr_optax as hd
-from hidlr_optax._quadratic import Kept, Quadratic, average, fit_axes, fit_joint, influence
-from hidlr_optax._solvers import minimise_diagonal, vertices
+from hidlr_optax._quadratic import (
+    Kept,
+    Quadratic,
+    average,
+    fit_axes,
+    fit_joint,
+    influence_per_parameter,
+)
+from hidlr_optax.solvers import minimise_diagonal, parabola_minima
 
 AXIS_POINTS = [1.0, -1.0, 2.0, -2.0, 3.0, -3.0]
 
@@ -156,7 +163,7 @@ def test_influence_is_b_squared_over_a_d_in_any_units():
     b, a, sizes = np.array([3.0, -2.0]), np.array([4.0, 0.25]), np.array([5.0, 2000.0])
     quadratic = Quadratic(jnp.asarray(b, jnp.float32), jnp.asarray(a, jnp.float32))
     for units in (1.0, 1e-6, 1e6):
-        ours = influence(
+        ours = influence_per_parameter(
             quadratic.scaled(jnp.full(2, units, jnp.float32)), jnp.asarray(sizes, jnp.float32)
         )
         np.testing.assert_allclose(ours, b**2 / (a * sizes), rtol=1e-5)
@@ -165,7 +172,8 @@ def test_influence_is_b_squared_over_a_d_in_any_units():
 def test_influence_of_a_steep_group_does_not_overflow_on_the_way():
     """b² alone would be infinite in float32."""
     quadratic = Quadratic(jnp.full(1, 1e25, jnp.float32), jnp.full(1, 1e30, jnp.float32))
-    assert float(influence(quadratic, jnp.ones(1, jnp.float32))[0]) == pytest.approx(1e20)
+    found = influence_per_parameter(quadratic, jnp.ones(1, jnp.float32))
+    assert float(found[0]) == pytest.approx(1e20)
 
 
 def oracle_minimise(b, a, rates, kept, max_change):
@@ -174,7 +182,7 @@ def oracle_minimise(b, a, rates, kept, max_change):
     for slope, curvature, rate, reason in zip(b, a, rates, kept, strict=True):
         slope, curvature, rate = float(slope), float(curvature), float(rate)
         best = rate
-        if reason == Kept.NO:
+        if reason == Kept.UPDATED:
             if slope == 0:
                 reason = Kept.NO_SLOPE
             elif not curvature > 0:
@@ -186,7 +194,7 @@ def oracle_minimise(b, a, rates, kept, max_change):
                     reason = Kept.NON_FINITE
                 elif max_change is not None:
                     best = min(max(best, rate / max_change), rate * max_change)
-        new.append(best if reason == Kept.NO else rate)
+        new.append(best if reason == Kept.UPDATED else rate)
         why.append(int(reason))
     if max_change is None and any(why):
         why = [reason or int(Kept.OTHER_GROUP) for reason in why]
@@ -232,7 +240,7 @@ _any_float = st.one_of(
     st.floats(width=32, allow_subnormal=False),
 )
 _rate = st.floats(2.0**-100, 2.0**100, width=32)
-_kept = st.sampled_from([Kept.NO] * 6 + [Kept.UNRESOLVED, Kept.NON_FINITE, Kept.OTHER_GROUP])
+_kept = st.sampled_from([Kept.UPDATED] * 6 + [Kept.UNRESOLVED, Kept.NON_FINITE, Kept.OTHER_GROUP])
 
 
 def _vector(elements, dtype):
@@ -340,10 +348,10 @@ def test_a_reason_given_before_is_not_overwritten():
         np.testing.assert_array_equal(kept, before)
 
 
-def test_vertices_are_the_minima_of_the_parabolas():
+def test_parabola_minima_are_the_minima_of_the_parabolas():
     b, a = np.array([3.0, -2.0, 0.5]), np.array([4.0, 0.25, 7.0])
     quadratic = Quadratic(jnp.asarray(b, jnp.float32), jnp.asarray(a, jnp.float32))
-    best, kept = vertices(quadratic, jnp.zeros(3, jnp.int32))
+    best, kept = parabola_minima(quadratic, jnp.zeros(3, jnp.int32))
     np.testing.assert_array_equal(kept, [0, 0, 0])
 
     def model(eta):
@@ -356,11 +364,11 @@ def test_vertices_are_the_minima_of_the_parabolas():
 
 FLAT = {
     # curvature: rates at max_change 2 and the reason, from rates of one with a floor of 1e-3
-    "below the floor": (1e-6, 2.0, Kept.NO),
-    "zero": (0.0, 2.0, Kept.NO),
-    "negative, below the floor": (-1e-6, 2.0, Kept.NO),
+    "below the floor": (1e-6, 2.0, Kept.UPDATED),
+    "zero": (0.0, 2.0, Kept.UPDATED),
+    "negative, below the floor": (-1e-6, 2.0, Kept.UPDATED),
     "negative, above the floor": (-1.0, 1.0, Kept.NOT_CONVEX),
-    "above the floor": (0.75, 4 / 3, Kept.NO),
+    "above the floor": (0.75, 4 / 3, Kept.UPDATED),
 }
 
 
@@ -376,7 +384,7 @@ def test_a_bounded_solver_takes_a_curvature_below_the_floor_for_the_floor(case, 
     )
     if slope == 0:
         expected, reason = 1.0, Kept.NO_SLOPE
-    elif slope < 0 and reason == Kept.NO:
+    elif slope < 0 and reason == Kept.UPDATED:
         expected = 0.5
     else:
         expected = uphill_or_down
@@ -392,7 +400,7 @@ def test_a_flat_parabola_whose_floor_says_enough_is_not_taken_to_the_bound():
         jnp.zeros(1, jnp.int32),
         jnp.full(1, 1e-3, jnp.float32),
     )
-    assert (float(new[0]), int(kept[0])) == (pytest.approx(1.5), Kept.NO)
+    assert (float(new[0]), int(kept[0])) == (pytest.approx(1.5), Kept.UPDATED)
 
 
 @pytest.mark.parametrize(("slope", "sense"), [(1e-5, 1), (-1e-5, -1)])
@@ -408,7 +416,7 @@ def test_a_flat_parabola_never_moves_a_rate_against_its_slope(slope, sense):
 
 
 @pytest.mark.parametrize(
-    ("curvature", "rate", "reason"), [(1e-6, 1e6, Kept.NO), (-1e-6, 1.0, Kept.NOT_CONVEX)]
+    ("curvature", "rate", "reason"), [(1e-6, 1e6, Kept.UPDATED), (-1e-6, 1.0, Kept.NOT_CONVEX)]
 )
 def test_a_solver_without_a_bound_takes_the_fit_as_it_is(curvature, rate, reason):
     new, kept = hd.diagonal(max_change=None).solve(

@@ -12,9 +12,9 @@ from scipy.optimize import minimize
 from support import bare, counted, coupled_hidlr, coupled_ulr, enable_x64, promoting
 
 import hidlr_optax as hd
+from hidlr_optax._one_step import first_rates, guard_factor, keep_resolvable
 from hidlr_optax._quadratic import Kept, Quadratic
-from hidlr_optax._safety import afloat, cut, first_rates
-from hidlr_optax._solvers import minimise_in_box
+from hidlr_optax.solvers import minimise_in_box
 
 NAN, INF = math.nan, math.inf
 
@@ -160,7 +160,7 @@ def test_a_group_whose_gradient_is_zero_at_first_begins_at_the_common_rate():
     common = 0.01 * float(value) / float(jnp.sum(grad["b"] ** 2))
     assert _rates(state)["a"] == pytest.approx(common, rel=1e-5)
     assert int(state.kept["a"]) == Kept.NO_SLOPE
-    assert int(state.kept["b"]) == Kept.NO
+    assert int(state.kept["b"]) == Kept.UPDATED
     tx = optax.chain(_adamw(), tx)
     trained, state, losses = _trained(loss_fn, tx, params, (x, y), 40)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((trained, state)))
@@ -284,7 +284,7 @@ _SLOPES = [1.0, -2.0, 3.0, 0.0, 1e-12, 1e12]
 def test_the_reach_is_that_of_plain_python(found, slope, value):
     rates = [0.1, 1e-3, 7.0, 1e-2, 0.5, 1e-5]
     expected = Quadratic(jnp.zeros(6), jnp.float32(found))
-    reach = jax.jit(hd.probes().reach)(
+    reach = jax.jit(hd.probes().probe_scale)(
         jnp.float32(rates),
         None if slope is None else jnp.float32(slope),
         jnp.float32(value),
@@ -301,13 +301,13 @@ def test_the_reach_is_that_of_plain_python(found, slope, value):
 def test_joint_draws_reach_as_far_as_the_rates_whatever_is_known():
     rates = jnp.float32([0.1, 1e-3])
     expected = Quadratic(jnp.ones(2), jnp.ones(2))
-    reach = hd.probes("gaussian").reach(rates, jnp.ones(2), jnp.float32(2.0), expected)
+    reach = hd.probes("gaussian").probe_scale(rates, jnp.ones(2), jnp.float32(2.0), expected)
     np.testing.assert_array_equal(reach, rates)
 
 
 def test_the_reach_is_float32_where_the_slope_is_float64():
     with enable_x64(True):
-        reach = hd.probes().reach(
+        reach = hd.probes().probe_scale(
             jnp.ones(2, jnp.float32),
             jnp.ones(2, jnp.float64),
             jnp.float64(2.0),
@@ -336,7 +336,7 @@ def _cut_in_numpy(rates, change, value, slope, limit):
 @pytest.mark.parametrize("change", [-1.0, 0.0, 0.1, 0.39, 0.41, 3.0, 1e30, NAN, INF, -INF])
 def test_the_cut_is_that_of_numpy(change, value, limit):
     rates = np.array([0.1, 0.3])
-    factor_of = jax.jit(functools.partial(cut, limit=limit))
+    factor_of = jax.jit(functools.partial(guard_factor, limit=limit))
     for slope in (None, [1.0, 1.0], [30.0, 1.0], [3.0, -0.5], [-3.0, 1.0], [0.0, 0.0], [NAN, 1.0]):
         found = factor_of(
             jnp.float32(rates),
@@ -429,7 +429,7 @@ def test_cuts_are_counted():
 def test_rates_too_small_to_change_the_loss_do_not_fall(slope, scale, value):
     curvature, rates, new = [0.5, -30.0], [scale, 3 * scale], [2 * scale, scale]
     quadratic = hd.Quadratic(jnp.float32(slope), jnp.float32(curvature))
-    found = afloat(jnp.float32(new), jnp.float32(rates), quadratic, jnp.float32(value))
+    found = keep_resolvable(jnp.float32(new), jnp.float32(rates), quadratic, jnp.float32(value))
     effect = sum(
         abs(b) * rate + abs(a) * rate**2 / 2
         for a, b, rate in zip(curvature, slope, rates, strict=True)
@@ -456,7 +456,7 @@ def _bowl_rule(max_rise=0.2):
     update = jax.jit(tx.update)
     state = tx.init(_AT)
     _, after = update(_DOWN, state, _AT, **_known())
-    assert set(map(int, after.kept.values())) == {Kept.NO}
+    assert set(map(int, after.kept.values())) == {Kept.UPDATED}
     return update, state, after
 
 
@@ -469,7 +469,7 @@ def _assert_nothing_was_learned(state, before):
     for field in ("group_learning_rates", "slope", "curvature", "measurements", "cuts"):
         _assert_all_equal(getattr(state, field), getattr(before, field))
     assert int(state.refreshes) == int(before.refreshes) + 1
-    assert Kept.NO not in set(map(int, state.kept.values()))
+    assert Kept.UPDATED not in set(map(int, state.kept.values()))
 
 
 @pytest.mark.parametrize("poison", [NAN, INF, -INF])
@@ -488,7 +488,7 @@ def test_bad_information_keeps_rates_averages_and_cuts(what, first, poison):
     _assert_nothing_was_learned(state, before)
     assert all(np.isfinite(leaf) for leaf in jax.tree.leaves((updates, state)))
     _, recovered = update(_DOWN, state, _AT, **_known())
-    assert set(map(int, recovered.kept.values())) == {Kept.NO}
+    assert set(map(int, recovered.kept.values())) == {Kept.UPDATED}
     assert _rates(recovered) != _rates(state)
 
 
@@ -502,7 +502,7 @@ def test_updates_that_are_not_finite_are_no_reason_to_cut(poison):
     _, second = update(bad, after, _AT, **_known())
     unguarded, *_ = _bowl_rule(max_rise=None)
     _, expected = unguarded(bad, after, _AT, **_known())
-    assert set(map(int, second.kept.values())) == {Kept.NO}
+    assert set(map(int, second.kept.values())) == {Kept.UPDATED}
     assert int(second.cuts) == 0
     for name, rate in _rates(expected).items():
         assert _rates(second)[name] == pytest.approx(rate, rel=1e-5)
@@ -510,7 +510,7 @@ def test_updates_that_are_not_finite_are_no_reason_to_cut(poison):
     _, third = update(_DOWN, second, _AT, **_known())
     _assert_nothing_was_learned(third, second)
     _, fourth = update(_DOWN, third, _AT, **_known())
-    assert set(map(int, fourth.kept.values())) == {Kept.NO}
+    assert set(map(int, fourth.kept.values())) == {Kept.UPDATED}
 
 
 # What it costs.

@@ -1,4 +1,4 @@
-"""Errors at the door: what came, what was expected, and how to mend it."""
+"""Arguments of `hidlr` and `update`: checked at the door, with errors that say how to mend them."""
 
 import functools
 import inspect
@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from hidlr_optax._groups import OUTSIDE, Groups, wide
+from hidlr_optax._groups import OUTSIDE, wide
 from hidlr_optax._hold import Hold
+from hidlr_optax._measurement import Estimator, fits_slope
 from hidlr_optax._paths import leaf_paths
-from hidlr_optax._solvers import Solver
-from hidlr_optax.curvature import Estimator, Probes
+from hidlr_optax._step_loss import SLOPE_SOURCES, SlopeSource, StepLoss
 
 LossFn = Callable[[Any, Any], jax.Array]
 ValueFn = Callable[[Any], jax.Array]
@@ -32,6 +32,17 @@ def _check_rate(rate: Any, where: str) -> None:
         )
     if _is_concrete(rate) and not (np.isfinite(float(rate)) and float(rate) > 0):
         raise ValueError(f"{where} must be finite and > 0, got {rate}")
+
+
+def _check_part(part: Any, members: tuple[str, ...], argument: str, examples: str) -> None:
+    """By protocol: what has these members can be used."""
+    missing = [name for name in members if not hasattr(part, name)]
+    if isinstance(part, type) or missing:
+        lacks = "a class, not a value" if isinstance(part, type) else f"without {missing}"
+        raise ValueError(
+            f"{argument} must be {examples}, or a value of your own with {list(members)}; got "
+            f"{part!r}, {lacks}"
+        )
 
 
 def check_arguments(
@@ -64,18 +75,17 @@ def check_arguments(
         update_interval < 1 or update_interval != int(update_interval)
     ):
         raise ValueError(f"update_interval must be a whole number >= 1, got {update_interval}")
-    if not isinstance(curvature, Estimator):
-        raise ValueError(f"curvature must be an estimator such as probes(), got {curvature!r}")
-    if not isinstance(solver, Solver | Hold):
-        raise ValueError(
-            f"solver must be a solver such as hold(), coupled() or diagonal(), got {solver!r}"
-        )
-    if slope not in (None, "gradient", "lagged", "probes"):
+    estimator_members = "estimate", "couples", "separates"
+    _check_part(curvature, estimator_members, "curvature", "an estimator such as probes()")
+    if not isinstance(solver, Hold):
+        examples = "a solver such as hold(), coupled() or diagonal()"
+        _check_part(solver, ("solve", "averaging", "max_rise"), "solver", examples)
+    if slope not in SLOPE_SOURCES:
         raise ValueError(f"slope must be 'gradient', 'lagged', 'probes' or None, got {slope!r}")
-    if slope == "probes" and isinstance(curvature, Probes) and not curvature.fits_slope:
+    if slope == "probes" and not fits_slope(curvature):
         raise ValueError(
-            f"slope='probes' fits two unknowns per group and needs per_group >= 2, got "
-            f"{curvature.per_group}; with slope='gradient' one probe per group is enough"
+            f"slope='probes' fits two unknowns per group, and probes() needs per_group >= 2, got "
+            f"{curvature!r}; with slope='gradient' one probe per group is enough"
         )
 
 
@@ -110,9 +120,10 @@ def bind_loss(
     return lambda params: loss_fn(params, batch)
 
 
-def check_slope(
-    slope: Slope | None, estimator: Estimator, init_learning_rate: Any, grad: Any, params: Any
+def check_gradient(
+    source: SlopeSource, estimator: Estimator, init_learning_rate: Any, grad: Any, params: Any
 ) -> None:
+    """Raises a ValueError where there is no gradient and one is needed, or it is none of params."""
     if grad is not None:
         check_like(grad, params, "grad")
     elif init_learning_rate is None:
@@ -120,26 +131,22 @@ def check_slope(
             "init_learning_rate=None is found from the gradient: pass grad=... to update, or a "
             "number to hidlr"
         )
-    elif slope in ("gradient", "lagged"):
+    elif source.needs_gradient:
         raise ValueError(
-            f"slope={slope!r} needs the raw gradient of the loss: pass grad=... to update, before "
-            "any clipping or preconditioning (with linen, hidlr_optax.flax.TrainState does)"
+            f"slope={source.name!r} needs the raw gradient of the loss: pass grad=... to update, "
+            "before any clipping or preconditioning (with linen, hidlr_optax.flax.TrainState does)"
         )
-    elif isinstance(estimator, Probes) and not estimator.fits_slope:
+    elif not fits_slope(estimator):
         raise ValueError(
-            f"per_group={estimator.per_group} is too few to fit the slope as well: pass grad=... "
-            "to update, or use per_group >= 2"
+            f"{estimator!r} cannot fit the slope as well: pass grad=... to update, or use probes() "
+            "with per_group >= 2"
         )
 
 
-def check_scalar(
-    loss: ValueFn, groups: Groups, params: Any, direction: Any, no_batch: bool
-) -> None:
+def check_scalar(step_loss: StepLoss, no_batch: bool) -> None:
     """Traces the loss once, so that what is wrong with it is said here and not inside a vmap."""
     try:
-        out = jax.eval_shape(
-            lambda: loss(groups.step(params, direction, jnp.zeros(len(groups), jnp.float32)))
-        )
+        out = jax.eval_shape(step_loss.start)
     except Exception as error:
         if no_batch:
             raise ValueError(
@@ -177,15 +184,3 @@ def usable_value(value: Any, params: Any) -> jax.Array | None:
     dtypes = [jnp.asarray(leaf).dtype for leaf in jax.tree.leaves(params)]
     as_wide = all(jnp.finfo(value.dtype).bits >= jnp.finfo(wide(dtype)).bits for dtype in dtypes)
     return value if as_wide and all(wide(dtype) == dtype for dtype in dtypes) else None
-
-
-def refresh_if(due: jax.Array, refreshed: Callable[[], Any], state: Any) -> Any:
-    """The refreshed state where one is due."""
-    try:
-        return jax.lax.cond(due, refreshed, lambda: state)
-    except TypeError as error:
-        error.add_note(
-            "If this is inside shard_map: the loss differs from device to device, and each would "
-            "come to its own learning rates. Use jax.lax.pmean on the loss, value and grad."
-        )
-        raise

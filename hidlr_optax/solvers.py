@@ -1,22 +1,58 @@
-"""From a quadratic to learning rates: one parabola at a time, or all groups together in a box.
+"""Solvers: from a quadratic to learning rates, group by group or all together in a box.
 
-Arrays only. A solver is a frozen value with `averaging` and a method `solve(quadratic, rates, kept,
-floor) -> (rates, kept)`.
+Arrays only. `Solver` is the protocol of what takes the place of `coupled` and `diagonal`; `hold` is
+a rule of its own.
 """
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
 from hidlr_optax._quadratic import Kept, Quadratic
 
+__all__ = ["Coupled", "Diagonal", "Solver", "coupled", "diagonal"]
+
 _SPREAD = 0.01, 100.0  # how far from the uniform rate a group's own may lie
 
 
-def vertices(quadratic: Quadratic, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
+@runtime_checkable
+class Solver(Protocol):
+    """A solver: makes rates of a quadratic at every refresh. Yours can be one.
+
+    A frozen, hashable value, such as a frozen dataclass, with what is listed here.
+    """
+
+    @property
+    def averaging(self) -> float:
+        """Decay β of the averages of slope and curvature, in [0, 1)."""
+        ...
+
+    @property
+    def max_rise(self) -> float | None:
+        """The rise of the loss, as a part of it, beyond which the guard cuts a step; None: none."""
+        ...
+
+    def solve(
+        self, quadratic: Quadratic, rates: jax.Array, kept: jax.Array, floor: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The new rates and, for each group, a `Kept`: why its rate is the old one.
+
+        Args:
+          quadratic: averaged, in learning rates of one.
+          rates: η, (K,), the current rates.
+          kept: (K,) int32 of `Kept`, the groups already known not to be trusted.
+          floor: (K,), the smallest curvature that could have been told from none.
+
+        Returns:
+          (K,) float32 rates and (K,) int32 of `Kept`.
+        """
+        ...
+
+
+def parabola_minima(quadratic: Quadratic, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The minimum b_k/a_k of each group's own parabola, and for which groups there is none.
 
     Args:
@@ -24,15 +60,15 @@ def vertices(quadratic: Quadratic, kept: jax.Array) -> tuple[jax.Array, jax.Arra
       kept: (K,) of `Kept`, the groups already known not to be trusted.
 
     Returns:
-      (K,) rates, finite and not zero where (K,) `Kept` is NO; meaningless elsewhere.
+      (K,) rates, finite and not zero where (K,) `Kept` is UPDATED; meaningless elsewhere.
     """
     slope, curvature = quadratic.slope, quadratic.curvature
-    kept = jnp.where((kept == Kept.NO) & (slope == 0), Kept.NO_SLOPE, kept)
-    kept = jnp.where((kept == Kept.NO) & ~(curvature > 0), Kept.NOT_CONVEX, kept)
-    best = slope / jnp.where(kept == Kept.NO, curvature, 1)
+    kept = jnp.where((kept == Kept.UPDATED) & (slope == 0), Kept.NO_SLOPE, kept)
+    kept = jnp.where((kept == Kept.UPDATED) & ~(curvature > 0), Kept.NOT_CONVEX, kept)
+    best = slope / jnp.where(kept == Kept.UPDATED, curvature, 1)
     # A quotient that overflows or underflows is no rate.
     usable = jnp.isfinite(best) & (best != 0)
-    return best, jnp.where((kept == Kept.NO) & ~usable, Kept.NON_FINITE, kept)
+    return best, jnp.where((kept == Kept.UPDATED) & ~usable, Kept.NON_FINITE, kept)
 
 
 def minimise_diagonal(
@@ -50,12 +86,14 @@ def minimise_diagonal(
     Returns:
       The new rates and, for each group, why its rate was kept.
     """
-    best, kept = vertices(quadratic, kept)
+    best, kept = parabola_minima(quadratic, kept)
     if max_change is None:
-        kept = jnp.where((kept == Kept.NO) & jnp.any(kept != Kept.NO), Kept.OTHER_GROUP, kept)
+        kept = jnp.where(
+            (kept == Kept.UPDATED) & jnp.any(kept != Kept.UPDATED), Kept.OTHER_GROUP, kept
+        )
     else:
         best = jnp.clip(best, rates / max_change, rates * max_change)
-    return jnp.where(kept == Kept.NO, best, rates), kept.astype(jnp.int32)
+    return jnp.where(kept == Kept.UPDATED, best, rates), kept.astype(jnp.int32)
 
 
 def _positive(coupling: jax.Array, diagonal: jax.Array) -> jax.Array:
@@ -121,7 +159,7 @@ class Diagonal:
 
     averaging: float
     max_change: float | None
-    max_rise: ClassVar[None] = None  # no guard
+    max_rise = None  # no guard
 
     def solve(
         self, quadratic: Quadratic, rates: jax.Array, kept: jax.Array, floor: jax.Array
@@ -140,8 +178,8 @@ class Diagonal:
         """
         if self.max_change is not None:
             flat = jnp.abs(quadratic.curvature) < floor
-            seen = jnp.minimum(floor, jnp.abs(quadratic.slope) / rates)  # b/seen ≥ the rate
-            quadratic = quadratic._replace(curvature=jnp.where(flat, seen, quadratic.curvature))
+            least = jnp.minimum(floor, jnp.abs(quadratic.slope) / rates)  # b/least ≥ the rate
+            quadratic = quadratic._replace(curvature=jnp.where(flat, least, quadratic.curvature))
         return minimise_diagonal(quadratic, rates, kept, self.max_change)
 
 
@@ -172,8 +210,8 @@ class Coupled:
           kept: (K,) of `Kept`, the groups already known not to be trusted.
           floor: (K,), the smallest curvature that could have been told from none.
         """
-        kept = jnp.where((kept == Kept.NO) & (quadratic.slope == 0), Kept.NO_SLOPE, kept)
-        moving = kept == Kept.NO
+        kept = jnp.where((kept == Kept.UPDATED) & (quadratic.slope == 0), Kept.NO_SLOPE, kept)
+        moving = kept == Kept.UPDATED
         local = quadratic.scaled(rates)  # in units of the current rates: all of order one
         # A slope that exceeds the curvature by more than the box is wide leads to its edge anyway.
         least = jnp.maximum(floor * rates**2, jnp.abs(local.slope) / (4 * self.max_change))
@@ -201,7 +239,7 @@ class Coupled:
         found = rates * jnp.clip(x, least, most)
         usable = jnp.isfinite(found) & (found > 0)
         kept = jnp.where(moving & ~usable, Kept.NON_FINITE, kept)
-        return jnp.where(kept == Kept.NO, found, rates), kept.astype(jnp.int32)
+        return jnp.where(kept == Kept.UPDATED, found, rates), kept.astype(jnp.int32)
 
 
 def _check_averaging(averaging: float) -> None:
@@ -282,6 +320,3 @@ def coupled(
     if max_rise is not None and not 0 <= max_rise < math.inf:
         raise ValueError(f"max_rise must be finite and >= 0, or None, got {max_rise}")
     return Coupled(shrinkage, averaging, max_change, max_rise)
-
-
-Solver = Diagonal | Coupled

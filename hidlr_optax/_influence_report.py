@@ -1,4 +1,4 @@
-"""What the accumulated influences of a run say: plain numbers on the host, errors beside them."""
+"""Report of the influences of a run: plain numbers on the host, errors beside them."""
 
 import dataclasses
 import itertools
@@ -10,7 +10,7 @@ Status = Literal["resolved", "negative", "unresolved"]
 
 @dataclasses.dataclass(frozen=True)
 class GroupInfluence:
-    """What one group is worth, averaged over refreshes.
+    """Influence of one group, averaged over refreshes.
 
     Errors are standard errors of the mean, sd/√n over refreshes. They take refreshes for
     independent samples of one thing; a run whose influences drift makes them wide, averages that
@@ -22,8 +22,8 @@ class GroupInfluence:
       refreshes: how many were counted, with or without a number.
       negative: refreshes at which the curvature was negative, so that b²/a has no meaning.
       unresolved: refreshes at which slope or curvature was lost in rounding, or not finite.
-      total: b_k²/a_k, loss, twice what the group's own best step is worth. None unless at least
-        half of the refreshes gave a number; then it is the mean of these.
+      total: the influence b_k²/a_k, loss, twice what the group's own best step is worth: the mean
+        over refreshes, None unless at least half of them gave a number.
       total_error: of `total`.
       marginal: what the best joint step would lose without the group, loss; see `accumulate`.
       marginal_error: of `marginal`.
@@ -47,7 +47,7 @@ class GroupInfluence:
 
     @property
     def per_parameter(self) -> float | None:
-        """PPI_k = b_k²/(a_k d_k), loss per parameter (arXiv 2501.06954, eq. 5.1)."""
+        """Influence per parameter, PPI_k = b_k²/(a_k d_k) (arXiv 2501.06954, eq. 5.1)."""
         return None if self.total is None else self.total / self.size
 
     @property
@@ -73,7 +73,7 @@ def aligned(rows: list[tuple[str, ...]]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Influence:
-    """What the groups of a run are worth, from `hidlr_optax.influence.summarise`.
+    """Influences of the groups of a run, from `hidlr_optax.influence.summarise`.
 
     Attributes:
       groups: a `GroupInfluence` for each label.

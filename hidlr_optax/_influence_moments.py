@@ -1,4 +1,4 @@
-"""Counting refreshes: mean and spread of what each group is worth, as arrays inside jit."""
+"""Moments of influence: mean and spread over refreshes, as arrays inside jit."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ class Moments(NamedTuple):
 
 
 class Running(NamedTuple):
-    """What `accumulate` has counted so far: O(K) scalars in dicts keyed by label.
+    """Counts and moments that `accumulate` has made so far: O(K) scalars in dicts keyed by label.
 
     Attributes:
       refreshes: () int32, those of the state at the last call.
@@ -52,7 +52,7 @@ class Running(NamedTuple):
 
 
 def start(labels: Any, params: Any) -> Running:
-    """Nothing counted yet.
+    """Starts to count, at nothing.
 
     Args:
       labels: as `hidlr` takes them.
@@ -117,11 +117,11 @@ def count(running: Running, state: HiDLRState) -> Running:
         return Moments(*map(unpack, _add(Moments(*map(pack, moments)), values, present)))
 
     kept = pack(state.kept)
-    seen = (kept == Kept.NO) | (kept == Kept.NOT_CONVEX)
+    seen = (kept == Kept.UPDATED) | (kept == Kept.NOT_CONVEX)
     curvature = pack(state.measured_curvature)
     convex = seen & (curvature > 0)
     alone = Quadratic(pack(state.measured_slope), jnp.where(convex, curvature, 1))
-    total = influence(alone, jnp.ones_like(curvature))
+    total = influence(alone)
     convex &= jnp.isfinite(total)
     negative = seen & (curvature < 0)
     unresolved = ~(convex | negative)
