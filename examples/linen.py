@@ -59,8 +59,8 @@ def main(steps=400):
         state, loss = train_step(state, (x[rows], y[rows]), key)
         losses.append(float(loss))
 
-    logits = model.apply({"params": state.params}, x_test, train=False)
-    print(f"test accuracy: {np.mean(logits.argmax(1) == y_test):.1%}")
+    logits = state.apply_fn({"params": state.params}, x_test, train=False)
+    print(f"test accuracy: {np.mean(np.argmax(logits, 1) == y_test):.1%}")
     for name, rate in optax.tree.get(state.opt_state, "group_learning_rates").items():
         print(f"learning rate of {name}: {rate:.2g} at the peak of the schedule")
     return losses

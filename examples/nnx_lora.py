@@ -58,11 +58,11 @@ def main(steps=300):
     fit(model, nnx.Param, "all", x, y, steps)
     print(f"test accuracy, upright: {np.mean(model(x_test).argmax(1) == y_test):.1%}")
 
-    x, x_test = (images.reshape(-1, 8, 8)[:, :, ::-1].reshape(-1, 64) for images in (x, x_test))
+    x, x_test = (np.reshape(a, (-1, 8, 8))[:, :, ::-1].reshape(-1, 64) for a in (x, x_test))
     print(f"mirrored, before LoRA: {np.mean(model(x_test).argmax(1) == y_test):.1%}")
     rngs = nnx.Rngs(1)
-    model.first = nnx.LoRA(64, 8, 128, base_module=model.first, rngs=rngs)
-    model.second = nnx.LoRA(128, 8, 64, base_module=model.second, rngs=rngs)
+    for name, sizes in {"first": (64, 8, 128), "second": (128, 8, 64)}.items():
+        setattr(model, name, nnx.LoRA(*sizes, base_module=getattr(model, name), rngs=rngs))
     wrt = nnx.Any(nnx.LoRAParam, nnx.PathContains("head"))
     rules = [(nnx.PathContains("lora_a"), "lora_A"), (nnx.PathContains("lora_b"), "lora_B")]
     labels = label_by_filter(model, rules, default="head", wrt=wrt)

@@ -243,10 +243,10 @@ def draw_losses(axes: Axes, runs: dict[str, list[Run]]) -> None:
 
 def draw_rates(axes: Axes, runs: dict[str, list[Run]]) -> None:
     """The rates of the groups, the geometric mean over seeds and their range."""
+    steps = np.arange(1, len(runs["hidlr"][0].history) + 1)
     for group, (color, style) in GROUPS.items():
         key = f"learning_rate/{group}"
         rates = np.array([[row[key] for row in run.history] for run in runs["hidlr"]])
-        steps = np.arange(1, rates.shape[1] + 1)
         ends = rates.min(0), rates.max(0)
         axes.fill_between(steps, *ends, step="post", color=color, alpha=0.18, lw=0)
         mean = np.exp(np.log(rates).mean(0))
