@@ -6,6 +6,8 @@ closure over the dropout key, so that all of them see one function.
     python examples/linen.py
 """
 
+from typing import Any
+
 import jax
 import numpy as np
 import optax
@@ -59,7 +61,7 @@ def main(steps=400):
         state, loss = train_step(state, (x[rows], y[rows]), key)
         losses.append(float(loss))
 
-    logits = model.apply({"params": state.params}, x_test, train=False)
+    logits: Any = model.apply({"params": state.params}, x_test, train=False)
     print(f"test accuracy: {np.mean(logits.argmax(1) == y_test):.1%}")
     for name, rate in optax.tree.get(state.opt_state, "group_learning_rates").items():
         print(f"learning rate of {name}: {rate:.2g} at the peak of the schedule")

@@ -6,6 +6,8 @@ adapts it, groups lora_A / lora_B / head. The kernels below stay as they are.
     python examples/nnx_lora.py
 """
 
+from typing import Any
+
 import numpy as np
 import optax
 from flax import nnx
@@ -20,8 +22,8 @@ class MLP(nnx.Module):
     """Two hidden layers and a head."""
 
     def __init__(self, rngs):
-        self.first = nnx.Linear(64, 128, rngs=rngs)
-        self.second = nnx.Linear(128, 64, rngs=rngs)
+        self.first: Any = nnx.Linear(64, 128, rngs=rngs)
+        self.second: Any = nnx.Linear(128, 64, rngs=rngs)
         self.head = nnx.Linear(64, 10, rngs=rngs)
 
     def __call__(self, x):
@@ -58,7 +60,8 @@ def main(steps=300):
     fit(model, nnx.Param, "all", x, y, steps)
     print(f"test accuracy, upright: {np.mean(model(x_test).argmax(1) == y_test):.1%}")
 
-    x, x_test = (images.reshape(-1, 8, 8)[:, :, ::-1].reshape(-1, 64) for images in (x, x_test))
+    x, x_test = (np.reshape(images, (-1, 8, 8))[..., ::-1] for images in (x, x_test))
+    x, x_test = x.reshape(-1, 64), x_test.reshape(-1, 64)
     print(f"mirrored, before LoRA: {np.mean(model(x_test).argmax(1) == y_test):.1%}")
     rngs = nnx.Rngs(1)
     model.first = nnx.LoRA(64, 8, 128, base_module=model.first, rngs=rngs)
