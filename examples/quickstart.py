@@ -255,7 +255,7 @@ def draw_rates(axes: Axes, runs: dict[str, list[Run]]) -> None:
     axes.axvspan(1, WARMUP, color="0.95", zorder=0)
     text = f"{WARMUP} steps in which\ntheir scale is found:\none rate for all"
     axes.annotate(text, (0.02, 0.97), xycoords="axes fraction", va="top", fontsize=9)
-    axes.set_xlim(1, len(steps))
+    axes.set_xlim(1, len(runs["hidlr"][0].history))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
