@@ -330,15 +330,15 @@ def shortened(
     """
     curve = 2 * (ahead + descent)
     best = jnp.clip(descent / jnp.where(curve > 0, curve, 1), _SHORTEST, _FALL)
-    size = jnp.maximum(jnp.abs(loss), jnp.abs(progress.loss))
+    size = _size(progress, loss)
     harms = (ahead > _JUMP * size) | ((ahead > 0) & (descent > size))
     part = jnp.where(harms, best, 1.0)
     return jnp.where(jnp.isfinite(ahead), part, _SHORTEST)
 
 
-def _limit(progress: Progress, loss: jax.Array) -> jax.Array:
-    """The largest rise of the loss that a step may cost."""
-    return _JUMP * jnp.maximum(jnp.abs(loss), jnp.abs(progress.loss))
+def _size(progress: Progress, loss: jax.Array) -> jax.Array:
+    """The loss by which a rise is judged: that of this batch or the running one, the larger."""
+    return jnp.maximum(jnp.abs(loss), jnp.abs(progress.loss))
 
 
 def guard(
@@ -360,7 +360,7 @@ def guard(
     """
     error = jnp.sqrt(progress.least_spread * (1 - _LOSS_DECAY) / (1 + _LOSS_DECAY))
     strays = progress.loss - progress.least > _STRAY * error
-    harmed = (behind > _limit(progress, loss)) | strays
+    harmed = (behind > _JUMP * _size(progress, loss)) | strays
     kept = jnp.where(harmed, jnp.minimum(part, _FALL), part)
     ceiling = jnp.where(strays, jnp.minimum(rate * _FALL, progress.ceiling), progress.ceiling)
     watched = progress._replace(
