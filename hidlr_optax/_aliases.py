@@ -70,7 +70,8 @@ def paper_hidlr(
         schedule=schedule,
         curvature=probes("gaussian", per_group, batch_size, seed),
         slope="probes",
-        solver=diagonal(averaging=0.0, max_change=None),
+        solver=diagonal(max_change=None),
+        ema_decay=0.0,
         warmup=0,
     )
 
@@ -84,13 +85,15 @@ def hiulr(
     curvature: Estimator | None = None,
     slope: Slope | None = "lagged",
     solver: Solver | Hold = hold(),
+    ema_decay: float | None = None,
+    max_rise: float | None = None,
     warmup: int = 20,
     lagged_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """One rate for all parameters: Hi-ULR of the paper, which is GeN (arXiv 2407.02772).
 
-    `hidlr` with the single group "all". With `slope="probes"`, `warmup=0` and
-    `diagonal(averaging=0.0, max_change=None)`, it is GeN's closed form
+    `hidlr` with the single group "all". With `slope="probes"`, `warmup=0`, `ema_decay=0.0` and
+    `diagonal(max_change=None)`, it is GeN's closed form
     η* = (h/2)·(L₋ − L₊)/(L₊ − 2L₀ + L₋), where L± = L(w ± hu).
 
     Args:
@@ -100,7 +103,9 @@ def hiulr(
       schedule: step -> factor.
       curvature: the estimator; not used by `hold`, which measures one group in any case.
       slope: "lagged", "gradient", "probes" or None.
-      solver: from `hold`, `coupled` or `diagonal`.
+      solver: from `hold`, `coupled` or `diagonal`, or a `Solver` of your own.
+      ema_decay: β of the averages of slope and curvature; not with `hold`.
+      max_rise: of the guard; not with `hold`.
       warmup: how many first updates.
       lagged_dtype: the dtype of the direction that "lagged" stores.
 
@@ -124,6 +129,8 @@ def hiulr(
         curvature=curvature,
         slope=slope,
         solver=solver,
+        ema_decay=ema_decay,
+        max_rise=max_rise,
         warmup=warmup,
         lagged_dtype=lagged_dtype,
     )

@@ -17,6 +17,7 @@ from hidlr_optax._arguments import (
     check_gradient,
     check_like,
     check_scalar,
+    check_solver,
     usable_value,
 )
 from hidlr_optax._groups import Groups
@@ -45,6 +46,8 @@ def hidlr(
     curvature: Estimator | None = None,
     slope: Slope | None = "lagged",
     solver: Solver | Hold = hold(),
+    ema_decay: float | None = None,
+    max_rise: float | None = None,
     warmup: int = 20,
     lagged_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -93,7 +96,13 @@ def hidlr(
         mini-batches it is too steep. "probes": fitted together with the curvature, on whatever
         `batch` is passed, such as the next or a held-out one. None: "gradient" at calls with
         `grad`, "probes" at others.
-      solver: from `hold`, `coupled` or `diagonal`.
+      solver: from `hold`, `coupled` or `diagonal`, or a `Solver` of your own.
+      ema_decay: β in [0, 1), of the moving averages of slope and curvature over refreshes, which
+        the solver is given; 0: those of the newest refresh alone. None: 0.9. Not with `hold`.
+      max_rise: of the guard, ≥ 0. After every refresh the loss is evaluated once more, where the
+        coming step would lead; if it rises by more than this part of itself, all rates are cut, by
+        two to ten. `math.inf`: no guard. None: 0.2, and no guard for `diagonal`. Not with `hold`,
+        which has averages and a guard of its own.
       warmup: the number of first updates during which there is a refresh at each and the rates are
         found. `coupled` and `diagonal` also raise the rates linearly over them. 0: none of this.
       lagged_dtype: the dtype in which "lagged" stores the direction, such as bfloat16; None: its
@@ -123,13 +132,14 @@ def hidlr(
     default = secant if isinstance(solver, Hold) else probes
     estimator = default() if curvature is None else curvature
     check_arguments(
-        loss_fn, init_learning_rate, update_interval, schedule, estimator, slope, solver, warmup
+        loss_fn, init_learning_rate, update_interval, schedule, estimator, slope, warmup
     )
+    check_solver(solver, ema_decay, max_rise)
     source = SLOPE_SOURCES[slope]
     if isinstance(solver, Hold):
         rule = HoldRule(solver, estimator, source, init_learning_rate)
     else:
-        rule = OneStepRule(solver, estimator, source)
+        rule = OneStepRule.of(solver, estimator, source, ema_decay, max_rise)
 
     def init_fn(params: Any) -> Stored:
         if _is_stand_in(params):

@@ -1,11 +1,12 @@
 """Solvers: from a quadratic to learning rates, group by group or all together in a box.
 
 Arrays only. `Solver` is the protocol of what takes the place of `coupled` and `diagonal`; `hold` is
-a rule of its own.
+a rule of its own. Averages and the guard are not theirs: see `hidlr(ema_decay=..., max_rise=...)`.
 """
 
 import dataclasses
 import math
+import warnings
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -22,18 +23,8 @@ _SPREAD = 0.01, 100.0  # how far from the uniform rate a group's own may lie
 class Solver(Protocol):
     """A solver: makes rates of a quadratic at every refresh. Yours can be one.
 
-    A frozen, hashable value, such as a frozen dataclass, with what is listed here.
+    A frozen, hashable value, such as a frozen dataclass, with the method that is listed here.
     """
-
-    @property
-    def averaging(self) -> float:
-        """Decay β of the averages of slope and curvature, in [0, 1)."""
-        ...
-
-    @property
-    def max_rise(self) -> float | None:
-        """The rise of the loss, as a part of it, beyond which the guard cuts a step; None: none."""
-        ...
 
     def solve(
         self, quadratic: Quadratic, rates: jax.Array, kept: jax.Array, floor: jax.Array
@@ -153,13 +144,12 @@ class Diagonal:
     """The solver made by `diagonal`.
 
     Attributes:
-      averaging: decay of the averages of slope and curvature.
       max_change: the largest factor between old and new rate, or None.
+      averaging: deprecated, `hidlr(ema_decay=...)` took its place.
     """
 
-    averaging: float
     max_change: float | None
-    max_rise = None  # no guard
+    averaging: float | None = None
 
     def solve(
         self, quadratic: Quadratic, rates: jax.Array, kept: jax.Array, floor: jax.Array
@@ -189,15 +179,13 @@ class Coupled:
 
     Attributes:
       shrinkage: weight of the uniform rate.
-      averaging: decay of the averages of slope and curvature.
       max_change: the largest factor between old and new rate.
-      max_rise: the rise of the loss, as a part of it, beyond which the guard cuts a step.
+      averaging: deprecated, `hidlr(ema_decay=...)` took its place.
     """
 
     shrinkage: float
-    averaging: float
     max_change: float
-    max_rise: float | None
+    averaging: float | None = None
 
     def solve(
         self, quadratic: Quadratic, rates: jax.Array, kept: jax.Array, floor: jax.Array
@@ -242,19 +230,26 @@ class Coupled:
         return jnp.where(kept == Kept.UPDATED, found, rates), kept.astype(jnp.int32)
 
 
-def _check_averaging(averaging: float) -> None:
+def _check_averaging(averaging: float | None) -> None:
+    if averaging is None:
+        return
+    warnings.warn(
+        "averages are not the solver's: averaging=... is deprecated, pass "
+        f"hidlr(..., ema_decay={averaging})",
+        DeprecationWarning,
+        stacklevel=3,
+    )
     if not 0 <= averaging < 1:
         raise ValueError(f"averaging must lie in [0, 1), got {averaging}; 0 is no averaging")
 
 
-def diagonal(averaging: float = 0.9, max_change: float | None = 2.0) -> Diagonal:
+def diagonal(averaging: float | None = None, max_change: float | None = 2.0) -> Diagonal:
     """Each group's rate from its own parabola: η_k = b_k/a_k (paper eq. 3.2).
 
-    Slope and curvature are averaged over refreshes before they are divided; averaging their
-    quotients, the rates, is far noisier.
+    It has no guard unless `hidlr` is given `max_rise`.
 
     Args:
-      averaging: decay β of the moving averages, in [0, 1). 0: the newest refresh alone.
+      averaging: deprecated, pass `hidlr(..., ema_decay=...)`.
       max_change: the largest factor by which one refresh may change a rate, > 1. Groups without a
         positive curvature keep their rate, the others move. None: no bound, and all rates are kept
         unless every curvature is positive, as in the paper's Algorithm 1. Without a bound, a group
@@ -268,20 +263,19 @@ def diagonal(averaging: float = 0.9, max_change: float | None = 2.0) -> Diagonal
 
     Example:
       >>> import hidlr_optax as hd
-      >>> hd.diagonal(averaging=0.0, max_change=None)
-      Diagonal(averaging=0.0, max_change=None)
+      >>> hd.diagonal(max_change=None).max_change is None
+      True
     """
     _check_averaging(averaging)
     if max_change is not None and not (1 < max_change < math.inf):
         raise ValueError(f"max_change must be finite and > 1, or None, got {max_change}")
-    return Diagonal(averaging, max_change)
+    return Diagonal(max_change, averaging)
 
 
 def coupled(
     shrinkage: float = 0.3,
-    averaging: float = 0.9,
+    averaging: float | None = None,
     max_change: float = 2.0,
-    max_rise: float | None = 0.2,
 ) -> Coupled:
     """All rates together: the minimum of q in a box around the current rates (paper eq. 2.3).
 
@@ -294,12 +288,8 @@ def coupled(
 
     Args:
       shrinkage: s ≥ 0, the weight of the uniform rate. 0: none.
-      averaging: decay β of the moving averages of slope and curvature, in [0, 1). 0: the newest
-        refresh alone.
+      averaging: deprecated, pass `hidlr(..., ema_decay=...)`.
       max_change: the largest factor by which one refresh may change a rate, > 1.
-      max_rise: the guard. After every refresh the loss is evaluated once more, where the coming
-        step would lead; if it rises by more than this part of itself, all rates are cut, by two to
-        ten. None: no guard.
 
     Returns:
       A solver, for `hidlr(..., solver=...)`.
@@ -309,14 +299,13 @@ def coupled(
 
     Example:
       >>> import hidlr_optax as hd
-      >>> hd.coupled(shrinkage=0.0)
-      Coupled(shrinkage=0.0, averaging=0.9, max_change=2.0, max_rise=0.2)
+      >>> solver = hd.coupled(shrinkage=0.0)
+      >>> solver.shrinkage, solver.max_change
+      (0.0, 2.0)
     """
     if not 0 <= shrinkage < math.inf:
         raise ValueError(f"shrinkage must be finite and >= 0, got {shrinkage}")
     _check_averaging(averaging)
     if max_change is None or not 1 < max_change < math.inf:
         raise ValueError(f"max_change must be finite and > 1, got {max_change}")
-    if max_rise is not None and not 0 <= max_rise < math.inf:
-        raise ValueError(f"max_rise must be finite and >= 0, or None, got {max_rise}")
-    return Coupled(shrinkage, averaging, max_change, max_rise)
+    return Coupled(shrinkage, max_change, averaging)

@@ -516,7 +516,8 @@ def _one_probe_finds_the_curvature(dtype, rel):
             LABELS,
             init_learning_rate=0.3,
             curvature=hd.probes(per_group=1),
-            solver=hd.diagonal(averaging=0.0),
+            solver=hd.diagonal(),
+            ema_decay=0.0,
         ),
     )
     _, state = jax.jit(tx.update)(
@@ -538,7 +539,7 @@ def test_hidlr_averages_slope_and_curvature_and_leaves_out_what_is_not_finite():
         slope, curvature = batch
         return 1 - slope * params["w"] + curvature * params["w"] ** 2 / 2
 
-    tx = bare_ulr(loss, init_learning_rate=1.0, update_interval=1, solver=hd.diagonal(0.8, 2.0))
+    tx = bare_ulr(loss, init_learning_rate=1.0, update_interval=1, ema_decay=0.8)
     params = {"w": jnp.zeros(())}
     state, update = tx.init(params), jax.jit(tx.update)
     rate, b, a, n = 1.0, 0.0, 0.0, 0

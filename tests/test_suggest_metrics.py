@@ -232,8 +232,8 @@ KEYS = {f"{field}/{label}" for field in FIELDS for label in ("bias", "weight")} 
 
 
 def hidlr(**kwargs):
-    defaults = {"init_learning_rate": 0.1, "solver": hd.diagonal(averaging=0.0, max_change=None)}
-    return bare(bowl, LABELS, **(defaults | kwargs))
+    exact = {"solver": hd.diagonal(max_change=None), "ema_decay": 0.0}
+    return bare(bowl, LABELS, **{"init_learning_rate": 0.1} | exact | kwargs)
 
 
 WRAPPERS = {
@@ -295,7 +295,7 @@ def test_metrics_inside_jit_is_metrics_outside():
 
 
 def test_metrics_says_why_a_rate_was_kept():
-    tx, params = hidlr(solver=hd.diagonal()), bowl_params()
+    tx, params = hidlr(solver=hd.diagonal(), ema_decay=0.9), bowl_params()
     direction = descent(bowl, params) | {"y": jnp.asarray(0.0)}
     _, state = jax.jit(tx.update)(direction, tx.init(params), params)
     found = hd.metrics(state)
