@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import own_estimator
 import pytest
+import rivals
 from support import coupled_hidlr
 
 import hidlr_optax as hd
@@ -186,6 +187,40 @@ def test_a_decay_outside_its_range_is_refused(value):
 def test_hold_refuses_what_has_no_effect_there(given):
     with pytest.raises(ValueError, match=r"has no effect with hold\(\)"):
         hd.hidlr(_loss, _LABELS, **given)
+
+
+# The algorithm of another paper.
+
+
+def test_gen_in_open_parts_is_what_its_paper_says():
+    rates = np.array([1e-2, 3e-3])
+    params = {name: jnp.ones(3) for name in _LABELS}
+    asked = dict(zip(_LABELS, map(float, rates), strict=True))
+    tx = rivals.gen_hidlr(_loss, _LABELS, init_learning_rate=asked, update_interval=1)
+    state, update, moved = tx.init(params), jax.jit(tx.update), []
+    value, grad = jax.value_and_grad(_loss)(params, _data())
+    direction = jax.tree.map(jnp.negative, grad)
+    for n in range(12):
+        key = jax.random.fold_in(jax.random.key(0), n)
+        points = np.asarray(jax.random.normal(key, (8, 2)))
+        ends = [
+            {name: params[name] + x * direction[name] for name, x in zip("xy", row, strict=True)}
+            for row in jnp.float32(points * rates)
+        ]
+        changes = np.array([float(_loss(end, _data()) - value) for end in ends])
+        matrix = np.concatenate([-points, points**2 / 2], axis=1)
+        solution = np.linalg.lstsq(matrix, changes, rcond=None)[0]
+        rest = np.sum((matrix @ solution - changes) ** 2)
+        good = 1 - rest / np.sum((changes - changes.mean()) ** 2) > 0.99
+        good &= np.all(solution[2:] > 0)
+        if good:
+            best = np.clip(solution[:2] / solution[2:], 0.1, 10) * rates
+            rates = 0.9 * rates + 0.1 * best
+        known = {"batch": _data(), "value": value}
+        _, state = update(direction, state, params, **known)
+        np.testing.assert_allclose(list(state.group_learning_rates.values()), rates, rtol=1e-3)
+        moved.append(bool(good))
+    assert set(moved) == {True, False}, moved  # fits of both kinds
 
 
 _ONES = jnp.ones(2)
