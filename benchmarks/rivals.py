@@ -44,10 +44,10 @@ class Smoothing:
     """A solver: Algorithm 1's, clamped, and a tenth of the way there."""
 
     def solve(
-        self, quadratic: hd.Quadratic, rates: jax.Array, kept: jax.Array, floor: jax.Array
+        self, quadratic: hd.Quadratic, rates: jax.Array, kept: jax.Array, least_curvature: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """η ← 0.9 η + 0.1 clip(b/a, η/10, 10 η), all of them or none."""
-        best, kept = hd.diagonal(max_change=None).solve(quadratic, rates, kept, floor)
+        best, kept = hd.diagonal(max_change=None).solve(quadratic, rates, kept, least_curvature)
         best = jnp.clip(best, rates / CLAMP, CLAMP * rates)
         return rates + (1 - SMOOTHING) * (best - rates), kept
 

@@ -161,7 +161,7 @@ class Secant:
         return Measurement(
             quadratic=Quadratic(start, (start - end) / rates),
             resolved=largest > 0,
-            floor=rounding / rates,
+            least_curvature=rounding / rates,
             offsets=rates[None],
             changes=jnp.zeros(0, jnp.float32),
         )

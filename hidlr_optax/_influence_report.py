@@ -47,7 +47,7 @@ class GroupInfluence:
 
     @property
     def per_parameter(self) -> float | None:
-        """Influence per parameter, PPI_k = b_k²/(a_k d_k) (arXiv 2501.06954, eq. 5.1)."""
+        """PPI_k = b_k²/(a_k d_k), the influence per parameter (arXiv 2501.06954, eq. 5.1)."""
         return None if self.total is None else self.total / self.size
 
     @property
@@ -87,7 +87,7 @@ class Influence:
       >>> found.ranking(), found.differs("head", "rest")
       (['head', 'rest'], True)
       >>> print(found)
-      group  parameters   per parameter       total  marginal  refreshes
+      group  parameters             PPI   influence  marginal  refreshes
       head           10    0.05 ± 0.001  0.5 ± 0.01         –          9
       rest         1000  0.0007 ± 2e-05  0.7 ± 0.02         –          9
       head > rest
@@ -155,5 +155,5 @@ class Influence:
         return "; ".join(part for part in parts if part)
 
     def __str__(self) -> str:
-        head = ("group", "parameters", "per parameter", "total", "marginal", "refreshes")
+        head = ("group", "parameters", "PPI", "influence", "marginal", "refreshes")
         return "\n".join([*aligned([head, *map(self._row, self.ranking())]), self._order()])

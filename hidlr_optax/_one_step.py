@@ -87,7 +87,7 @@ class OneStepRule:
         measured = self._measure(state, evidence, rates)
         kept = measured.statuses()
         quadratic, measurements = self._average(state, measured, kept == Kept.UPDATED)
-        found, kept = self.solver.solve(quadratic, rates, kept, measured.floor)
+        found, kept = self.solver.solve(quadratic, rates, kept, measured.least_curvature)
         guarded, was_cut = self._guard(evidence.coming, quadratic, rates, found, value, slope)
         return _recorded(state, evidence.coming, measured, quadratic, kept)._replace(
             group_learning_rates=guarded,
@@ -181,9 +181,9 @@ def _recorded(
 ) -> Packed:
     """The state with what was measured, its averages, and influence per parameter (PPI)."""
     sizes = jnp.asarray(coming.groups.sizes, jnp.float32)
-    convex = (kept == Kept.UPDATED) & (quadratic.curvature > measured.floor)
+    convex = (kept == Kept.UPDATED) & (quadratic.curvature > measured.least_curvature)
     slope, curvature, _ = measured.quadratic
-    above_floor = jnp.isfinite(curvature) & (jnp.abs(curvature) > measured.floor)
+    is_resolved = jnp.isfinite(curvature) & (jnp.abs(curvature) > measured.least_curvature)
     return state._replace(
         refreshes=optax.safe_increment(state.refreshes),
         slope=quadratic.slope,
@@ -191,7 +191,7 @@ def _recorded(
         coupling=quadratic.coupling,
         influence=jnp.where(convex, influence_per_parameter(quadratic, sizes), state.influence),
         measured_slope=jnp.where(jnp.isfinite(slope), slope, 0),
-        measured_curvature=jnp.where(above_floor, curvature, 0),
+        measured_curvature=jnp.where(is_resolved, curvature, 0),
         kept=kept,
     )
 

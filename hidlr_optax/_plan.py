@@ -47,9 +47,9 @@ class Plan:
       >>> plan = hd.Plan({"head"}, {"rest"}, psi=10.0, sizes={"head": 10, "rest": 990})
       >>> print(plan)
       ψ = 10: 1 of 2 groups trains, 10 of 1000 parameters (1 %)
-      group  parameters  per parameter
-      head           10              –  trains
-      rest          990              –  frozen
+      group  parameters  PPI
+      head           10    –  trains
+      rest          990    –  frozen
       >>> hd.Plan.from_json(plan.to_json()) == plan
       True
     """
@@ -196,7 +196,7 @@ class Plan:
             whole, part = sum(self.sizes.values()), self.parameters or 0
             line += f", {part} of {whole} parameters ({100 * part / max(whole, 1):.3g} %)"
         order = sorted(self.labels) if self.influence is None else self.influence.ranking()
-        rows = [("group", "parameters", "per parameter", "")]
+        rows = [("group", "parameters", "PPI", "")]
         for label in sorted(order, key=lambda label: label in self.frozen):  # stable
             rows.append((label, *self._evidence(label), self._status(label)))
         return "\n".join([line, *(text.rstrip() for text in aligned(rows))])

@@ -46,7 +46,9 @@ class Suggestion(NamedTuple):
 def _trust(measured: Measurement) -> jax.Array:
     """(K,) of `Kept`. A search can go on where slope or curvature are lost in rounding."""
     kept = measured.statuses()
-    lost = (kept == Kept.NO_SLOPE) | (jnp.abs(measured.quadratic.curvature) < measured.floor)
+    lost = (kept == Kept.NO_SLOPE) | (
+        jnp.abs(measured.quadratic.curvature) < measured.least_curvature
+    )
     return jnp.where(lost & (kept != Kept.NON_FINITE), Kept.UNRESOLVED, kept)
 
 

@@ -66,9 +66,9 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
       For each label: `learning_rate/…` (as applied at the last update, schedule included; without
       it, `optax.tree.get(opt_state, "group_learning_rates")`),
       `slope/…` (b, loss per unit learning rate), `curvature/…` (a, loss per unit learning rate
-      squared), `influence/…` (influence per parameter, PPI: loss per parameter) and `kept/…` (a
-      `Kept`: 0 where the last refresh set a new rate, else the reason why not). Beside them
-      `refreshes` and `cuts`, how often the guard stepped in.
+      squared), `ppi/…` (influence per parameter, b²/(a d), loss per parameter; `influence/…` is the
+      same under its former name) and `kept/…` (a `Kept`: 0 where the last refresh set a new rate,
+      else the reason why not). Beside them `refreshes`, and `cuts`, how often the guard stepped in.
 
     Raises:
       ValueError: there is no `HiDLRState` in the state, or more than one.
@@ -86,7 +86,8 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
         },
         "slope": state.slope,
         "curvature": state.curvature,
-        "influence": state.influence,
+        "ppi": state.influence,
+        "influence": state.influence,  # the key of before: no number of its own
         "kept": state.kept,
     }
     flat = {f"{field}/{name}": x for field, group in fields.items() for name, x in group.items()}

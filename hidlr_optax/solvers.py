@@ -27,7 +27,7 @@ class Solver(Protocol):
     """
 
     def solve(
-        self, quadratic: Quadratic, rates: jax.Array, kept: jax.Array, floor: jax.Array
+        self, quadratic: Quadratic, rates: jax.Array, kept: jax.Array, least_curvature: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """The new rates and, for each group, a `Kept`: why its rate is the old one.
 
@@ -35,7 +35,7 @@ class Solver(Protocol):
           quadratic: averaged, in learning rates of one.
           rates: η, (K,), the current rates.
           kept: (K,) int32 of `Kept`, the groups already known not to be trusted.
-          floor: (K,), the smallest curvature that could have been told from none.
+          least_curvature: (K,), the smallest curvature that could have been told from none.
 
         Returns:
           (K,) float32 rates and (K,) int32 of `Kept`.
@@ -152,7 +152,7 @@ class Diagonal:
     averaging: float | None = None
 
     def solve(
-        self, quadratic: Quadratic, rates: jax.Array, kept: jax.Array, floor: jax.Array
+        self, quadratic: Quadratic, rates: jax.Array, kept: jax.Array, least_curvature: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """The new rates and, for each group, a `Kept`: why its rate is the old one.
 
@@ -164,11 +164,13 @@ class Diagonal:
           quadratic: in learning rates of one.
           rates: η, (K,), the current rates.
           kept: (K,) of `Kept`, the groups already known not to be trusted.
-          floor: (K,), the smallest curvature that could have been told from none.
+          least_curvature: (K,), the smallest curvature that could have been told from none.
         """
         if self.max_change is not None:
-            flat = jnp.abs(quadratic.curvature) < floor
-            least = jnp.minimum(floor, jnp.abs(quadratic.slope) / rates)  # b/least ≥ the rate
+            flat = jnp.abs(quadratic.curvature) < least_curvature
+            least = jnp.minimum(
+                least_curvature, jnp.abs(quadratic.slope) / rates
+            )  # b/least ≥ the rate
             quadratic = quadratic._replace(curvature=jnp.where(flat, least, quadratic.curvature))
         return minimise_diagonal(quadratic, rates, kept, self.max_change)
 
@@ -188,7 +190,7 @@ class Coupled:
     averaging: float | None = None
 
     def solve(
-        self, quadratic: Quadratic, rates: jax.Array, kept: jax.Array, floor: jax.Array
+        self, quadratic: Quadratic, rates: jax.Array, kept: jax.Array, least_curvature: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """The new rates and, for each group, a `Kept`: why its rate is the old one.
 
@@ -196,13 +198,15 @@ class Coupled:
           quadratic: in learning rates of one.
           rates: η, (K,), the current rates.
           kept: (K,) of `Kept`, the groups already known not to be trusted.
-          floor: (K,), the smallest curvature that could have been told from none.
+          least_curvature: (K,), the smallest curvature that could have been told from none.
         """
         kept = jnp.where((kept == Kept.UPDATED) & (quadratic.slope == 0), Kept.NO_SLOPE, kept)
         moving = kept == Kept.UPDATED
         local = quadratic.scaled(rates)  # in units of the current rates: all of order one
         # A slope that exceeds the curvature by more than the box is wide leads to its edge anyway.
-        least = jnp.maximum(floor * rates**2, jnp.abs(local.slope) / (4 * self.max_change))
+        least = jnp.maximum(
+            least_curvature * rates**2, jnp.abs(local.slope) / (4 * self.max_change)
+        )
         a = jnp.maximum(jnp.abs(local.curvature), least)
         a = jnp.where(moving, a, 1)
         coupling = local.coupling

@@ -48,8 +48,8 @@ class Difference:
 class Halfway:
     """Half of the way from the present rate to the minimum of the group's parabola."""
 
-    def solve(self, quadratic, rates, kept, floor):
-        convex = quadratic.curvature > floor
+    def solve(self, quadratic, rates, kept, least_curvature):
+        convex = quadratic.curvature > least_curvature
         goal = quadratic.slope / jnp.where(convex, quadratic.curvature, 1)
         moves = (kept == hd.Kept.UPDATED) & convex & (goal > 0)
         kept = jnp.where(moves | (kept != hd.Kept.UPDATED), kept, hd.Kept.NOT_CONVEX)
