@@ -98,7 +98,8 @@ def hiulr(
 
     Args:
       loss_fn: as in `hidlr`, like all that follow.
-      init_learning_rate: η to begin with, if `warmup` is 0 or there is no `grad`; otherwise found.
+      init_learning_rate: η to begin with; with `warmup` and `grad` it is found, and the number
+        hardly matters.
       update_interval: Φ.
       schedule: step -> factor.
       curvature: the estimator; not used by `hold`, which measures one group in any case.
@@ -106,7 +107,7 @@ def hiulr(
       solver: from `hold`, `coupled` or `diagonal`, or a `Solver` of your own.
       ema_decay: β of the averages of slope and curvature; not with `hold`.
       max_rise: of the guard; not with `hold`.
-      warmup: how many first updates.
+      warmup: the number of first updates in which the rate is found.
       lagged_dtype: the dtype of the direction that "lagged" stores.
 
     Returns:

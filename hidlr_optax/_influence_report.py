@@ -40,7 +40,7 @@ class GroupInfluence:
 
     @property
     def status(self) -> Status:
-        """Whether there are numbers, and if not, what most refreshes lacked."""
+        """The reason why there are no numbers: what most refreshes lacked; or "resolved"."""
         if self.total is not None:
             return "resolved"
         return "negative" if self.negative > self.unresolved else "unresolved"
@@ -97,7 +97,7 @@ class Influence:
     steps: int
 
     def ranking(self) -> list[str]:
-        """Labels by influence per parameter, the highest first, those without a number last."""
+        """Labels by influence per parameter (PPI), the highest first; without a number, last."""
 
         def place(label: str) -> tuple[float, str]:
             ppi = self.groups[label].per_parameter
@@ -106,14 +106,16 @@ class Influence:
         return sorted(self.groups, key=place)
 
     def differs(self, one: str, other: str, z: float = 2.0) -> bool:
-        """Whether two groups' influences per parameter differ by more than `z` combined errors.
-
-        False where one of the two has no number or no error: nothing is known to differ then.
+        """Tells whether the PPIs of two groups lie further apart than their errors explain.
 
         Args:
           one: a label.
           other: a label.
           z: how many standard errors of the difference it has to exceed.
+
+        Returns:
+          True if the difference exceeds them. False otherwise, and where one of the two has no
+          number or no error: nothing is known to differ then.
 
         Raises:
           ValueError: a label is none of the groups'.

@@ -57,8 +57,8 @@ class Measurement(NamedTuple):
     def statuses(self) -> jax.Array:
         """(K,) of `Kept`: which groups' numbers can be used at all.
 
-        One loss that is not finite keeps every group: it says that some probe left the region in
-        which the model means anything, and which one is not known to the others.
+        One number that is not finite keeps every group: some probe left the region in which the
+        quadratic means anything, and it may have been any of them.
         """
         slope, curvature, coupling = self.quadratic
         finite = jnp.isfinite(slope) & jnp.isfinite(curvature)
@@ -85,7 +85,7 @@ class Estimator(Protocol):
 
     @property
     def separates(self) -> bool:
-        """Whether it tells the groups apart. If not, `hold` leaves their proportions alone."""
+        """Whether the groups are told apart. If not, `hold` leaves their proportions alone."""
         ...
 
     def estimate(

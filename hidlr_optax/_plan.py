@@ -15,6 +15,7 @@ Value = Literal["total", "marginal"]
 
 
 def check_value(value: str) -> None:
+    """Raises a ValueError unless this names an influence of a group."""
     if value not in ("total", "marginal"):
         raise ValueError(f"value must be 'total' or 'marginal', got {value!r}")
 
@@ -108,6 +109,9 @@ class Plan:
         Args:
           value: "total", b²/a, or "marginal".
 
+        Returns:
+          The sum, loss.
+
         Raises:
           ValueError: the plan rests on no influence, or `value` is neither of the two.
         """
@@ -165,7 +169,7 @@ class Plan:
             )
 
     def to_json(self) -> str:
-        """As JSON, for `from_json`: every finite number exact.
+        """Writes the plan as JSON for `from_json`, every finite number exact.
 
         Raises:
           ValueError: a number is not finite.
@@ -175,7 +179,7 @@ class Plan:
 
     @staticmethod
     def from_json(text: str) -> "Plan":
-        """The plan that `to_json` wrote.
+        """Reads the plan that `to_json` wrote.
 
         Raises:
           ValueError: `text` is not JSON, or of another version, or not a plan.

@@ -41,8 +41,20 @@ def _array(leaf: Any) -> jax.Array:
 def find_state(opt_state: Any) -> HiDLRState:
     """The one `HiDLRState` in an optimizer state, at any depth.
 
+    Args:
+      opt_state: of anything that contains `hidlr`, as for `metrics`.
+
+    Returns:
+      The state itself, not a copy.
+
     Raises:
       ValueError: there is none, or there are several.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, hidlr_optax as hd
+      >>> state = optax.chain(optax.sgd(1.0), hd.hiulr(None)).init({"w": jnp.zeros(3)})
+      >>> int(hd.influence.find_state(state).refreshes)
+      0
     """
     states = [node for node in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(node)]
     if len(states) != 1:
