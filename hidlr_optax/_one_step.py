@@ -54,7 +54,7 @@ class OneStepRule:
     ) -> "OneStepRule":
         """The rule with the defaults for averages and guard where they are None."""
         if ema_decay is None:
-            ema_decay = getattr(solver, "averaging", None)  # deprecated there
+            ema_decay = getattr(solver, "averaging", None)  # its short form
         if ema_decay is None:
             ema_decay = _EMA_DECAY
         if max_rise is None:

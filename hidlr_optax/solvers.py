@@ -6,7 +6,6 @@ a rule of its own. Averages and the guard are not theirs: see `hidlr(ema_decay=.
 
 import dataclasses
 import math
-import warnings
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -145,7 +144,7 @@ class Diagonal:
 
     Attributes:
       max_change: the largest factor between old and new rate, or None.
-      averaging: deprecated, `hidlr(ema_decay=...)` took its place.
+      averaging: short for `hidlr(ema_decay=...)`, or None.
     """
 
     max_change: float | None
@@ -182,7 +181,7 @@ class Coupled:
     Attributes:
       shrinkage: weight of the uniform rate.
       max_change: the largest factor between old and new rate.
-      averaging: deprecated, `hidlr(ema_decay=...)` took its place.
+      averaging: short for `hidlr(ema_decay=...)`, or None.
     """
 
     shrinkage: float
@@ -235,15 +234,7 @@ class Coupled:
 
 
 def _check_averaging(averaging: float | None) -> None:
-    if averaging is None:
-        return
-    warnings.warn(
-        "averages are not the solver's: averaging=... is deprecated, pass "
-        f"hidlr(..., ema_decay={averaging})",
-        DeprecationWarning,
-        stacklevel=3,
-    )
-    if not 0 <= averaging < 1:
+    if averaging is not None and not 0 <= averaging < 1:
         raise ValueError(f"averaging must lie in [0, 1), got {averaging}; 0 is no averaging")
 
 
@@ -253,7 +244,7 @@ def diagonal(averaging: float | None = None, max_change: float | None = 2.0) -> 
     It has no guard unless `hidlr` is given `max_rise`.
 
     Args:
-      averaging: deprecated, pass `hidlr(..., ema_decay=...)`.
+      averaging: short for `hidlr(..., ema_decay=...)`; give it at one of the two.
       max_change: the largest factor by which one refresh may change a rate, > 1. Groups without a
         positive curvature keep their rate, the others move. None: no bound, and all rates are kept
         unless every curvature is positive, as in the paper's Algorithm 1. Without a bound, a group
@@ -292,7 +283,7 @@ def coupled(
 
     Args:
       shrinkage: s ≥ 0, the weight of the uniform rate. 0: none.
-      averaging: deprecated, pass `hidlr(..., ema_decay=...)`.
+      averaging: short for `hidlr(..., ema_decay=...)`; give it at one of the two.
       max_change: the largest factor by which one refresh may change a rate, > 1.
 
     Returns:

@@ -151,10 +151,9 @@ def test_every_solver_can_be_guarded_or_not(solver):
     assert int(by_default.cuts) == (not isinstance(solver, hd.solvers.Diagonal))
 
 
-def test_averages_at_the_solver_still_work_and_say_where_they_went():
+def test_averages_at_the_solver_are_those_of_hidlr():
     for make in (hd.coupled, hd.diagonal):
-        with pytest.warns(DeprecationWarning, match=r"hidlr\(\.\.\., ema_decay=0.5\)"):
-            solver = make(averaging=0.5)
+        solver = make(averaging=0.5)
         (_, before), (_, now) = (
             _trained(coupled_hidlr(_loss, _LABELS, **rule), steps=8)
             for rule in ({"solver": solver}, {"solver": make(), "ema_decay": 0.5})
@@ -163,10 +162,7 @@ def test_averages_at_the_solver_still_work_and_say_where_they_went():
             np.testing.assert_array_equal(values, before[name])
         with pytest.raises(ValueError, match="averaging is not the solver's: leave it out"):
             hd.hidlr(_loss, _LABELS, solver=solver, ema_decay=0.9)
-        with (
-            pytest.warns(DeprecationWarning, match="ema"),
-            pytest.raises(ValueError, match=r"in \[0, 1\)"),
-        ):
+        with pytest.raises(ValueError, match=r"in \[0, 1\)"):
             make(averaging=1.0)
 
 
