@@ -285,7 +285,74 @@ def plateau() -> Problem:
     )
 
 
+def turned_digits() -> Problem:
+    """LoRA in both layers of a trained MLP, whose images are then turned by 90 degrees."""
+    digits = workloads.WORKLOADS["digits"]()
+    hidden = "layer0", "layer1"
+
+    def model(params: Any, x: jax.Array) -> jax.Array:
+        for name in hidden:
+            x = jax.nn.relu(apply(params[name], x))
+        return apply(params["layer2"], x)
+
+    upright = functools.partial(workloads.cross_entropy, model)
+    trained = _trained(upright, workloads.mlp_init((64, 128, 64, 10), jax.random.key(0)), digits)
+    images, labels = digits.splits["train"]
+    images = jnp.rot90(images.reshape(-1, 8, 8), axes=(1, 2)).reshape(-1, 64)
+
+    def adapted(params: Any) -> Any:
+        layers = {
+            n: trained[n] | {"kernel": trained[n]["kernel"] + params["A"][n] @ params["B"][n]}
+            for n in hidden
+        }
+        return layers | {"layer2": params["head"]}
+
+    def init(key: jax.Array) -> Any:
+        keys = dict(zip(hidden, jax.random.split(key), strict=True))
+        sizes = {n: trained[n]["kernel"].shape for n in hidden}
+        scale = jax.nn.initializers.he_uniform()
+        return {
+            "A": {n: scale(keys[n], (sizes[n][0], 8)) for n in hidden},
+            "B": {n: jnp.zeros((8, sizes[n][1])) for n in hidden},
+            "head": trained["layer2"],
+        }
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        return upright(adapted(params), batch)
+
+    def sample(key: jax.Array) -> Any:
+        rows = jax.random.randint(key, (64,), 0, len(images))
+        return images[rows], labels[rows]
+
+    return Problem(
+        init=init,
+        loss=loss,
+        sample=sample,
+        score=lambda params: loss(params, (images, labels)),
+        steps=300,
+        labels=first_key,
+        optimizer="AdamW 3e-2",
+        direction=optax.adamw,
+        rate=3e-2,
+    )
+
+
+def _trained(loss: Any, params: Any, workload: Any, steps: int = 300) -> Any:
+    """Parameters after a usual training run."""
+    tx = optax.adamw(optax.cosine_decay_schedule(1e-2, steps))
+
+    def step(carry: Any, key: jax.Array) -> Any:
+        params, state = carry
+        grads = jax.grad(loss)(params, workload.sample(key))
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    keys = jax.random.split(jax.random.key(1), steps)
+    return jax.jit(lambda: jax.lax.scan(step, (params, tx.init(params)), keys)[0][0])()
+
+
 CASES: dict[str, Callable[[], Problem]] = {
+    "turned digits": turned_digits,
     "LoRA": small_batch_lora,
     "Rosenbrock": rosenbrock,
     "PINN": burgers,

@@ -11,7 +11,8 @@ the first steps, then ever less, as a stochastic approximation does. A schedule 
 is not followed: it weighs in with the fourth power of its factor.
 
 All averages are kept per unit of the joint rate x, the geometric mean of the K rates, so that they
-need no rescaling when x moves.
+need no rescaling when x moves, and relative to the loss at their time: where a loss falls by a
+factor, so do its slopes, and those of its beginning would otherwise outweigh all that came later.
 """
 
 import dataclasses
@@ -36,7 +37,8 @@ _TURN = 10.0  # a cosine with the gradient of 1 − 1/10 or less is precondition
 _NOISE = 0.8  # how much of the goal a slope that is all noise takes away
 _SPLIT_STEP = 0.15  # part of the way to equal ratios that a split moves the groups
 _START = 3e-2  # of the loss: what the first step, by its slope alone, is to change it by
-_STRAY = 3.0  # standard errors of the running loss above its least, from where it strays
+_LEAST_SIZE = 1e-3  # of the running loss, that looks are relative to: a loss may cross zero
+_STRAY = 2.5  # standard errors of the running loss above its least, from where it strays
 _ALARM = 4.0  # standard deviations of the loss above the running one that call for a look
 _SHORTEST = 0.1  # of a step that is looked at before it is taken, at once
 TRIES = 5  # how often such a step is shortened
@@ -48,16 +50,19 @@ class Progress(NamedTuple):
     """Averages that `hold` keeps between updates: () float32 each.
 
     Attributes:
-      same: S = −⟨∇L, u⟩ on the batch that made u, averaged over refreshes: the scale of slopes.
-      slope: F, averaged.
-      curvature: C, averaged.
+      same: S = −⟨∇L, u⟩ on the batch that made u, relative to the loss, averaged over refreshes.
+      slope: F, likewise.
+      curvature: C, likewise.
+      size: what the last of them were divided by: the loss, without its sign.
       looks: how many refreshes the averages hold.
       preconditioned: whether the direction is more than a running sum of gradients, averaged; 0
         with SGD and momentum, 1 with Adam and Lion.
       ratio: q at the last refresh.
       goal: what q is moved to.
       loss: the running loss.
-      spread: the running variance of the loss from batch to batch.
+      last: the last loss.
+      spread: the running variance of the loss from batch to batch: half the mean square of the
+        difference of two that follow each other, which hardly grows where the loss falls.
       least: the least running loss so far, since the guard last stepped in.
       least_spread: the running variance at that time.
       losses: how many losses the running loss holds.
@@ -69,11 +74,13 @@ class Progress(NamedTuple):
     same: jax.Array
     slope: jax.Array
     curvature: jax.Array
+    size: jax.Array
     looks: jax.Array
     preconditioned: jax.Array
     ratio: jax.Array
     goal: jax.Array
     loss: jax.Array
+    last: jax.Array
     spread: jax.Array
     least: jax.Array
     least_spread: jax.Array
@@ -168,14 +175,26 @@ def preconditioned(
     return jnp.clip(_TURN * (1 - straight), 0, 1)
 
 
+def forget_losses(progress: Progress, now: jax.Array) -> Progress:
+    """The running loss begins anew, where `now`: it lags behind one that has fallen fast.
+
+    A guard that compares a loss with one of long before sees no harm.
+    """
+    return progress._replace(
+        losses=jnp.where(now, 0.0, progress.losses), least=jnp.where(now, jnp.inf, progress.least)
+    )
+
+
 def watch(progress: Progress, loss: jax.Array) -> Progress:
     """The running loss of batches that no step has seen, its variance, and its least."""
-    count = progress.losses
-    mean = averaged(progress.loss, loss, count, jnp.float32(_LOSS_DECAY))
-    spread = averaged(progress.spread, (loss - mean) ** 2, count, jnp.float32(_LOSS_DECAY))
+    count, decay = progress.losses, jnp.float32(_LOSS_DECAY)
+    mean = averaged(progress.loss, loss, count, decay)
+    difference = jnp.where(count > 0, loss - progress.last, 0)
+    spread = averaged(progress.spread, difference**2 / 2, jnp.maximum(count - 1, 0), decay)
     lower = (count >= 1 / (1 - _LOSS_DECAY)) & (mean < progress.least)
     watched = progress._replace(
         loss=mean,
+        last=loss,
         spread=spread,
         least=jnp.where(lower, mean, progress.least),
         least_spread=jnp.where(lower, spread, progress.least_spread),
@@ -185,10 +204,27 @@ def watch(progress: Progress, loss: jax.Array) -> Progress:
     return jax.tree.map(lambda new, old: jnp.where(usable, new, old), watched, progress)
 
 
-def look(progress: Progress, seen: Look, preconditioned: jax.Array, finding: jax.Array) -> Progress:
-    """Averages in one look, each part bounded by a few times the average so far."""
+def look(
+    progress: Progress,
+    seen: Look,
+    preconditioned: jax.Array,
+    finding: jax.Array,
+    loss: jax.Array,
+) -> Progress:
+    """Averages in one look, each part bounded by a few times the average so far.
+
+    Args:
+      progress: the averages.
+      seen: the look.
+      preconditioned: as the function of that name gives it.
+      finding: whether the rates are still to be found.
+      loss: of the look.
+    """
+    by = jnp.maximum(jnp.abs(loss), _LEAST_SIZE * jnp.abs(progress.loss))
+    by = jnp.maximum(by, _TINY)
     unit = jnp.maximum(seen.rate, _TINY)
-    same, slope, curvature = seen.same / unit, seen.slope / unit, seen.curvature / unit**2
+    same, slope = seen.same / unit / by, seen.slope / unit / by
+    curvature = seen.curvature / unit**2 / by
     size = jnp.maximum(jnp.where(progress.looks < 1, same, progress.same), _TINY)
     count, decay = progress.looks, decay_of(finding)
     slow = jnp.maximum(decay, _SLOPE_DECAY)
@@ -201,6 +237,7 @@ def look(progress: Progress, seen: Look, preconditioned: jax.Array, finding: jax
             count,
             decay,
         ),
+        size=by,
         looks=count + 1,
         preconditioned=averaged(
             progress.preconditioned, preconditioned, count, jnp.float32(_SLOPE_DECAY)
@@ -222,7 +259,8 @@ def ratios(progress: Progress, seen: Look) -> Ratios:
     schedule warms up, the step is that at the schedule's peak.
     """
     share = jnp.maximum(progress.slope, _LEAST_SHARE * jnp.maximum(progress.same, _TINY))
-    present = seen.curvature / jnp.maximum(seen.rate, _TINY) / share
+    unit = jnp.maximum(seen.rate * progress.size, _TINY)
+    present = seen.curvature / unit / share
     average = progress.curvature * seen.rate / share
     peak = jnp.where(progress.peak > 0, progress.peak, 1)  # a schedule may begin at zero
     most = 1e6  # slopes that cancel leave a share of nothing
@@ -307,7 +345,7 @@ def leaps(progress: Progress, descent: jax.Array, rate: jax.Array) -> jax.Array:
       descent: by how much the step lowers the loss by its slope.
       rate: the joint rate of the step, schedule included.
     """
-    usual = jnp.maximum(progress.same, 0) * rate
+    usual = jnp.maximum(progress.same, 0) * progress.size * rate
     most = jnp.maximum(_LEAP * usual, jnp.abs(progress.loss))
     return (descent > most) & (progress.looks > 0)
 

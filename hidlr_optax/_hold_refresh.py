@@ -22,6 +22,7 @@ from hidlr_optax._hold import (
     begin,
     decay_of,
     first_rates,
+    forget_losses,
     guard,
     joint,
     leaps,
@@ -110,7 +111,7 @@ class HoldRule:
         if not self.source.uses_gradient:
             evidence = evidence._replace(grad=None)
         same = _slope(evidence, evidence.coming)
-        progress = state.progress
+        progress = forget_losses(state.progress, state.count == clock.warmup)
         progress = progress._replace(peak=jnp.maximum(progress.peak, jnp.abs(clock.factor)))
         alarm = jnp.zeros((), bool)
         if same is not None:
@@ -310,7 +311,8 @@ def _averaged(
 ) -> tuple[Packed, jax.Array]:
     """The averages with what was measured, jointly and by group; whether it could be used: ()."""
     seen = measured.look
-    new = look(state.progress, seen, _preconditioned(evidence), clock.finding)
+    loss = evidence.value.astype(jnp.float32)
+    new = look(state.progress, seen, _preconditioned(evidence), clock.finding, loss)
     known = _finite(seen) & _finite(new) & jnp.isfinite(new.preconditioned)
     usable = known & measured.resolved & (seen.rate > 0)
     progress = jax.tree.map(lambda new, old: jnp.where(usable, new, old), new, state.progress)
