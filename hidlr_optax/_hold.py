@@ -386,8 +386,9 @@ def guard(
 
     The rates are cut to the part of the coming step that may be taken; by half at least, where the
     last step has raised the loss by more than 30 % on a batch that it has not seen, or where the
-    running loss of such batches lies above its least by three times its standard error. Then the
-    rates never rise above that again.
+    running loss of such batches lies above its least by 2.5 times its standard error. Then the
+    rates never rise above that again, and the running loss begins anew: while it still catches up
+    with a loss that has risen, it would call for one cut after the other.
 
     Args:
       progress: the averages.
@@ -401,9 +402,7 @@ def guard(
     harmed = (behind > _JUMP * _size(progress, loss)) | strays
     kept = jnp.where(harmed, jnp.minimum(part, _FALL), part)
     ceiling = jnp.where(strays, jnp.minimum(rate * _FALL, progress.ceiling), progress.ceiling)
-    watched = progress._replace(
-        ceiling=ceiling, least=jnp.where(strays, progress.loss, progress.least)
-    )
+    watched = forget_losses(progress._replace(ceiling=ceiling), strays)
     return Verdict(jnp.log(kept), watched)
 
 

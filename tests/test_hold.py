@@ -343,14 +343,17 @@ def test_a_step_that_does_harm_is_shortened_as_in_plain_python(ahead):
 
 
 def _guarded_in_python(mean, least, spread, ceiling, behind, part, loss, rate):
-    """The factor, the ceiling and the least loss; of losses averaged with 0.95ⁿ, n back."""
+    """The factor, the ceiling, the least loss and whether that is forgotten.
+
+    Of losses averaged with 0.95ⁿ, n back.
+    """
     squares = sum((0.05 * 0.95**n) ** 2 for n in range(2000))
     strays = mean - least > 2.5 * math.sqrt(spread * squares)
     if strays or behind > 0.3 * max(abs(loss), abs(mean)):
         part = min(part, 0.5)
     if strays:
-        ceiling, least = min(ceiling, rate / 2), mean
-    return part, ceiling, least
+        ceiling, least = min(ceiling, rate / 2), INF
+    return part, ceiling, least, strays
 
 
 @pytest.mark.parametrize("part", [1.0, 0.5, 0.3, 1e-5])
@@ -359,11 +362,14 @@ def _guarded_in_python(mean, least, spread, ceiling, behind, part, loss, rate):
 @pytest.mark.parametrize("least", [INF, 1.0, 1.79, 1.81])
 def test_the_guard_is_that_of_plain_python(part, behind, ceiling, least):
     mean, spread, loss, rate = 2.0, 0.25, 1.0, 0.2
-    progress = _progress(loss=mean, least=least, spread=99.0, least_spread=spread, ceiling=ceiling)
+    known = {"spread": 99.0, "least_spread": spread, "ceiling": ceiling, "losses": 30.0}
+    progress = _progress(loss=mean, least=least, **known)
     found = _hold.guard(progress, *map(_f32, (behind, part, loss, rate)))
-    factor, top, lowest = _guarded_in_python(mean, least, spread, ceiling, behind, part, loss, rate)
+    expected = _guarded_in_python(mean, least, spread, ceiling, behind, part, loss, rate)
+    factor, top, lowest, forgotten = expected
     np.testing.assert_allclose(found.cut, math.log(factor), rtol=1e-4)
     _close([found.progress.ceiling, found.progress.least], [top, lowest])
+    assert float(found.progress.losses) == (0 if forgotten else 30)
 
 
 @pytest.mark.parametrize("looks", [0.0, 1.0])
