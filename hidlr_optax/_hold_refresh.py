@@ -128,7 +128,7 @@ class HoldRule:
         def refreshed() -> Packed:
             return self._refresh(state, evidence, clock, same, looks_ahead)
 
-        return refresh_if(clock.due | alarm, refreshed, state), clock.factor
+        return refresh_if(clock.due | alarm, refreshed, state, clock), clock.factor
 
     def _refresh(
         self,

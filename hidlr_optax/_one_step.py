@@ -74,7 +74,7 @@ class OneStepRule:
 
     def update(self, state: Packed, evidence: Evidence, clock: Clock) -> tuple[Packed, jax.Array]:
         """The state after an update, and the factor of schedule and warm-up."""
-        new = refresh_if(clock.due, lambda: self._refresh(state, evidence, clock), state)
+        new = refresh_if(clock.due, lambda: self._refresh(state, evidence, clock), state, clock)
         ramp = (new.count + 1) / jnp.maximum(clock.warmup, 1)
         return new, clock.factor * jnp.minimum(ramp, 1.0).astype(jnp.float32)
 

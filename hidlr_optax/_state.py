@@ -129,6 +129,7 @@ class Clock(NamedTuple):
       finding: () bool, whether this is one of them.
       due: () bool, whether there is a refresh.
       allowed: () bool, whether there may be one.
+      never: whether that is known to be false when the step is traced.
       factor: () float32, of the schedule.
     """
 
@@ -136,6 +137,7 @@ class Clock(NamedTuple):
     finding: jax.Array
     due: jax.Array
     allowed: jax.Array
+    never: bool
     factor: jax.Array
 
 
@@ -153,11 +155,19 @@ def clock(
     allowed = jnp.asarray(refresh)
     factor = jnp.asarray(1.0 if schedule is None else schedule(count), jnp.float32)
     due = ((count % interval == 0) | finding) & allowed
-    return Clock(warmup, finding, due, allowed, factor)
+    return Clock(warmup, finding, due, allowed, refresh is False, factor)
 
 
-def refresh_if(due: jax.Array, refreshed: Callable[[], Packed], state: Packed) -> Packed:
-    """The refreshed state where one is due."""
+def refresh_if(
+    due: jax.Array, refreshed: Callable[[], Packed], state: Packed, clock: Clock
+) -> Packed:
+    """The refreshed state where one is due.
+
+    A step that never refreshes has no branch. On a GPU the host waits for what a branch depends on,
+    and begins to launch what follows only then.
+    """
+    if clock.never:
+        return state
     try:
         return jax.lax.cond(due, refreshed, lambda: state)
     except TypeError as error:

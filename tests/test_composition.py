@@ -284,6 +284,30 @@ def test_refresh_false_leaves_the_rates_alone_and_evaluates_nothing():
     np.testing.assert_allclose(updates["v"], _PARAMS["v"] * 0.1, rtol=1e-6)
 
 
+@pytest.mark.parametrize("solver", [hd.hold(), hd.coupled()], ids=["hold", "coupled"])
+def test_two_programs_one_without_refresh_train_as_one_with_a_branch(solver):
+    """`refresh` as a static argument: nothing of the refresh is left in the steps between."""
+    tx = optax.chain(optax.sgd(1.0), hd.hidlr(_parabolas, "all", solver=solver, warmup=5))
+
+    def step(params, state, refresh):
+        value, grad = jax.value_and_grad(_parabolas)(params, _BATCH)
+        updates, state = tx.update(
+            grad, state, params, batch=_BATCH, value=value, grad=grad, refresh=refresh
+        )
+        return optax.apply_updates(params, updates), state
+
+    one, two = jax.jit(step), jax.jit(step, static_argnums=2)
+    start = _PARAMS, tx.init(_PARAMS)
+    lazy, usual = (two.lower(*start, refresh).compile().as_text() for refresh in (False, True))
+    assert "conditional" in usual
+    assert "conditional" not in lazy
+    branched = divided = start
+    for n in range(30):
+        due = n < 5 or n % 10 == 0
+        branched, divided = one(*branched, jnp.asarray(True)), two(*divided, due)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), divided, branched)
+
+
 def _evaluations(rule, refreshes):
     """Of refreshes of two groups, given by how many there were before each; value and grad known.
 
