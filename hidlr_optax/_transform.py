@@ -69,8 +69,8 @@ def hidlr(
     * `value`: the probed loss at `params`, of this `batch` and no other; spares one evaluation, and
       lets the guard see every step.
     * `grad`: the raw gradient of that loss, before any preconditioning; gives the slope.
-    * `refresh`: a bool, False to leave the rates alone at this call. See `multi_steps`. Python's own
-      `False`, or a static argument of the jitted step, leaves the refresh out of the program.
+    * `refresh`: a bool, False to leave the rates alone at this call. See `multi_steps`. Python's
+      own `False`, or a static argument of the jitted step, leaves the refresh out of the program.
 
     Other keywords are ignored. Jit the training step: un-jitted, every call compiles the probes
     anew. Under `vmap`, both branches of the refresh are evaluated at every step. Under `pmap` or
