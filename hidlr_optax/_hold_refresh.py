@@ -5,6 +5,7 @@ one forward pass where it began; the loss and slope where it ended are known.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +34,7 @@ from hidlr_optax._hold import (
 )
 from hidlr_optax._measurement import RESOLUTION, Estimator, measure
 from hidlr_optax._quadratic import Kept, Quadratic, influence_per_parameter
-from hidlr_optax._state import Clock, Packed, initial_rates, refresh_if
+from hidlr_optax._state import Clock, Packed, initial_rates, where_due
 from hidlr_optax._step_loss import Evidence, SlopeSource, StepLoss
 
 _TINY = 1e-30
@@ -119,15 +120,16 @@ class HoldRule:
         if evidence.value is not None:
             loss = evidence.value.astype(jnp.float32)
             alarm |= alarmed(progress, loss)
-            progress = watch(progress, loss)
-        alarm &= clock.allowed
+            watched = watch(progress, loss)
+            progress = jax.tree.map(partial(jnp.where, evidence.trusted), watched, progress)
+        alarm &= clock.allowed & evidence.trusted
         state = state._replace(progress=progress)
         looks_ahead = clock.finding | alarm
 
         def refreshed() -> Packed:
             return self._refresh(state, evidence, clock, same, looks_ahead)
 
-        return refresh_if(clock.due | alarm, refreshed, state), clock.factor
+        return where_due(clock.due | alarm, refreshed, state), clock.factor
 
     def _refresh(
         self,

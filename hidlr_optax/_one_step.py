@@ -14,7 +14,7 @@ import optax
 from hidlr_optax._groups import wide
 from hidlr_optax._measurement import Estimator, Measurement, measure
 from hidlr_optax._quadratic import Kept, Quadratic, average, influence_per_parameter
-from hidlr_optax._state import Clock, Packed, refresh_if
+from hidlr_optax._state import Clock, Packed, where_due
 from hidlr_optax._step_loss import Evidence, SlopeSource, StepLoss
 from hidlr_optax.solvers import Solver
 
@@ -48,7 +48,7 @@ class OneStepRule:
 
     def update(self, state: Packed, evidence: Evidence, clock: Clock) -> tuple[Packed, jax.Array]:
         """The state after an update, and the factor of schedule and warm-up."""
-        new = refresh_if(clock.due, lambda: self._refresh(state, evidence, clock), state)
+        new = where_due(clock.due, lambda: self._refresh(state, evidence, clock), state)
         ramp = (new.count + 1) / jnp.maximum(clock.warmup, 1)
         return new, clock.factor * jnp.minimum(ramp, 1.0).astype(jnp.float32)
 

@@ -102,6 +102,9 @@ class Evidence(NamedTuple):
       value: the loss at the parameters; None where it is not known (yet).
       grad: its gradient, or None.
       batch: of the loss.
+      trusted: () bool, whether the value is that loss; False between the refreshes of a run whose
+        first values were not.
+      factor: what slopes by `grad` are multiplied by, 1 for the gradient of the loss.
     """
 
     coming: StepLoss
@@ -109,6 +112,8 @@ class Evidence(NamedTuple):
     value: Any
     grad: Any
     batch: Any
+    trusted: Any = True
+    factor: Any = 1.0
 
     def last(self) -> StepLoss:
         """The loss along the direction of the last step, from where that step has led."""
@@ -121,4 +126,7 @@ class Evidence(NamedTuple):
 
     def slope(self, step_loss: StepLoss) -> jax.Array | None:
         """The slopes along a step at the parameters, (K,); None without a gradient."""
-        return None if self.grad is None else step_loss.slope(self.grad)
+        if self.grad is None:
+            return None
+        slope = step_loss.slope(self.grad)
+        return slope * jnp.asarray(self.factor).astype(slope.dtype)
