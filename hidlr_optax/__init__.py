@@ -2,6 +2,7 @@
 
 from hidlr_optax import averaging, curvature, influence, peft, solvers
 from hidlr_optax._aliases import hiulr, multi_steps, paper_hidlr
+from hidlr_optax._explain import explain
 from hidlr_optax._hold import hold
 from hidlr_optax._influence_report import Influence
 from hidlr_optax._plan import Plan
@@ -27,6 +28,7 @@ __all__ = [
     "coupled",
     "curvature",
     "diagonal",
+    "explain",
     "gauss_newton",
     "hessian",
     "hidlr",
