@@ -9,6 +9,7 @@ from hidlr_optax._plan import Plan
 from hidlr_optax._quadratic import Kept, Quadratic
 from hidlr_optax._state import HiDLRState
 from hidlr_optax._suggest import Suggestion, suggest
+from hidlr_optax._take_step import take_step
 from hidlr_optax._transform import hidlr
 from hidlr_optax.curvature import gauss_newton, hessian, parabola, probes, secant
 from hidlr_optax.influence import metrics
@@ -47,4 +48,5 @@ __all__ = [
     "secant",
     "solvers",
     "suggest",
+    "take_step",
 ]
