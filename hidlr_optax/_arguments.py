@@ -146,6 +146,24 @@ def check_gradient(
         )
 
 
+def fitting(step_loss: StepLoss) -> StepLoss:
+    """The loss with parameters in float32 or wider; in their own types where that fails.
+
+    A scan over layers carries its first type, a convolution wants one type: with bfloat16
+    parameters, not every loss takes wider ones.
+    """
+    dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(step_loss.params)]
+    if all(wide(dtype) == dtype for dtype in dtypes):
+        return step_loss
+    for candidate in (step_loss, step_loss.narrow()):
+        try:
+            jax.eval_shape(candidate.start)
+        except Exception:  # whatever the loss raises: `check_scalar` says it
+            continue
+        return candidate
+    return step_loss
+
+
 def check_scalar(step_loss: StepLoss, no_batch: bool) -> bool:
     """Traces the loss once, so that what is wrong with it is said here and not inside a vmap.
 
@@ -160,7 +178,7 @@ def check_scalar(step_loss: StepLoss, no_batch: bool) -> bool:
                 "batch=..., or value_fn=..."
             ) from error
         hint = model_hint(step_loss.params)
-        if hint is not None:
+        if hint is not None and isinstance(error, TypeError | AttributeError):
             raise ValueError(f"the loss failed while hidlr traced it: {error}. {hint}") from error
         error.add_note(
             "hidlr was tracing the loss it is to probe, loss_fn(params, batch) or "

@@ -58,6 +58,17 @@ class StepLoss:
         """ℓ(0), the loss at the parameters, evaluated as it is along the step."""
         return self(jnp.zeros(len(self), jnp.float32))
 
+    def narrow(self) -> "StepLoss":
+        """The same with parameters in their own types, for losses that wider ones do not fit."""
+
+        def loss(params: Any) -> jax.Array:
+            def cast(leaf: Any, own: Any) -> jax.Array:
+                return jnp.asarray(leaf).astype(jnp.result_type(own))
+
+            return self.loss(jax.tree.map(cast, params, self.params))
+
+        return dataclasses.replace(self, loss=loss)
+
     def slope(self, gradient: Any) -> jax.Array:
         """b_k = −⟨∇L_k, u_k⟩, (K,), from the gradient of the loss at the parameters."""
         return -self.groups.inner(gradient, self.direction)

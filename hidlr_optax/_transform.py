@@ -18,6 +18,7 @@ from hidlr_optax._arguments import (
     check_gradient,
     check_like,
     check_scalar,
+    fitting,
     usable_value,
 )
 from hidlr_optax._checks import checked, counted
@@ -170,12 +171,11 @@ def hidlr(
             raise ValueError(
                 "hidlr probes the loss around params: call update(updates, state, params, ...)"
             )
-        watch((updates, params, state.count))
         groups = Groups.of(param_labels, params)
         check_like(updates, params, "updates")
         check_gradient(source, estimator, init_learning_rate, grad, params)
         loss = bind_loss(loss_fn, value_fn, batch, extra_args)
-        coming = StepLoss(loss, params, updates, groups)
+        coming = fitting(StepLoss(loss, params, updates, groups))
         has_forward_mode = check_scalar(coming, no_batch=batch is None and value_fn is None)
 
         previous = state.direction if source.looks_back else None
@@ -188,6 +188,7 @@ def hidlr(
         packed, evidence = checked(packed, evidence, now.due, with_slope)
         new, factor = rule.update(packed, evidence, now)
         new = counted(packed, new, evidence)
+        watch((updates, params, state.count))
         direction = optax.tree.cast(updates, lagged_dtype) if source.looks_back else ()
         new = new._replace(
             count=optax.safe_increment(new.count), schedule_factor=factor, direction=direction
