@@ -122,10 +122,12 @@ def _sank(run: _Run) -> str | None:
     )
 
 
-def _schedule(run: _Run) -> str | None:
+def _schedule(run: _Run) -> list[str]:
     if run.updates == 0 or run.schedule == 1:
-        return None
-    return f"The schedule's factor was {run.schedule:.3g} at the last update; rates are without it."
+        return []
+    return [
+        f"The schedule's factor was {run.schedule:.3g} at the last update; rates are without it."
+    ]
 
 
 _FINDINGS: tuple[Callable[[_Run], str | None], ...] = (
@@ -133,7 +135,6 @@ _FINDINGS: tuple[Callable[[_Run], str | None], ...] = (
     _wrong_value,
     _wrong_gradient,
     _sank,
-    _schedule,
 )
 
 
@@ -167,4 +168,5 @@ def explain(opt_state: Any) -> str:
     times = "once" if run.cuts == 1 else f"{run.cuts} times"
     head = f"{run.updates} updates, {run.refreshes} refreshes; the guard stepped in {times}."
     found = [text for text in (finding(run) for finding in _FINDINGS) if text is not None]
-    return "\n".join([head, *_table(run), *(found or ["Nothing stands out."])])
+    found = found or ["Nothing stands out."]
+    return "\n".join([head, *_table(run), *_schedule(run), *found])
