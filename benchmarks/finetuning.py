@@ -336,8 +336,8 @@ def by_case(found: dict[str, dict[str, Result]]) -> str:
     def cell(case: str, result: Result | None) -> str:
         if result is None:
             return ""
-        unit, digits = (-0.01, 3) if case in UNSCORED else (1, 1)
-        return mean_sd(unit * result.scores, digits)
+        factor, digits = (-0.01, 3) if case in UNSCORED else (1, 1)
+        return mean_sd(factor * result.scores, digits)
 
     lines = [
         [name, *(cell(case, here.get(name)) for case, here in found.items())]

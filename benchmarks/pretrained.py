@@ -348,7 +348,7 @@ def e2e(length: int, size: Size, source: Source) -> Workload:
         return language_loss(logits, tuple(rest))
 
     splits = as_arrays({part: arrays(part) for part in rows})
-    return Workload(init, loss, splits, *size[1:], WHOLE, lambda *at: -loss(*at))
+    return Workload(init, loss, splits, *size[1:], WHOLE, lambda params, data: -loss(params, data))
 
 
 class Case(NamedTuple):

@@ -386,16 +386,16 @@ def table(found: dict[str, list[Outcome]], rows: list[dict[str, Any]]) -> str:
     """Markdown, one line per method."""
     broken = collections.Counter(row["method"] for row in rows if not row["finite"])
     heads = [
-        f"{title}: {_QUANTILES[q]}" if q == shown[0] else _QUANTILES[q]
-        for title, shown in COLUMNS.values()
-        for q in shown
+        f"{title}: {_QUANTILES[q]}" if q == quantiles[0] else _QUANTILES[q]
+        for title, quantiles in COLUMNS.values()
+        for q in quantiles
     ]
     table_rows = []
     for method, results in found.items():
         cells = [method, len(results)]
-        for field, (_, shown) in COLUMNS.items():
+        for field, (_, quantiles) in COLUMNS.items():
             ratios = np.array([getattr(outcome, field) for outcome in results])
-            cells += [f"{np.quantile(ratios, q, method='higher'):.3g}" for q in shown]
+            cells += [f"{np.quantile(ratios, q, method='higher'):.3g}" for q in quantiles]
         table_rows.append([*cells, broken[method]])
     head = ["method", "cases", *heads, "runs not finite"]
     lines = [head, ["---"] * len(head), *table_rows]

@@ -93,7 +93,8 @@ def methods(toy: Toy) -> dict[str, optax.GradientTransformation]:
     exact: dict[str, Any] = shared | {
         "slope": "gradient",
         "curvature": hd.probes(per_group=4),
-        "solver": hd.diagonal(averaging=0.0, max_change=None),
+        "solver": hd.diagonal(max_change=None),
+        "ema_decay": 0.0,
         "warmup": 0,
     }
     return {

@@ -223,13 +223,13 @@ def draw_losses(axes: Axes, runs: dict[str, list[Run]]) -> None:
     constant, decayed = best(runs, cosine=False), best(runs, cosine=True)
     others = [name for name in runs if name.startswith("AdamW")]
     others = [name for name in others if name not in (constant, decayed)]
-    shown = {
+    curves = {
         "hidlr": ("hidlr", BLUE, "-"),
         "hidlr, cosine": ("hidlr, cosine", VERMILION, "--"),
         constant: (f"{constant}, best constant", GREEN, "-"),
         decayed: (f"{decayed}, best cosine".replace(", cosine", ""), "black", "--"),
     }
-    for name, (label, color, style) in shown.items():
+    for name, (label, color, style) in curves.items():
         losses = smoothed(runs[name])
         steps = np.arange(1, losses.shape[1] + 1)
         axes.fill_between(steps, losses.min(0), losses.max(0), color=color, alpha=0.15, lw=0)

@@ -5,6 +5,7 @@ from typing import Any
 
 import optax
 
+from hidlr_optax._advice import unjitted_watch
 from hidlr_optax._arguments import LossFn, Slope
 from hidlr_optax._hold import Hold, hold
 from hidlr_optax._measurement import Estimator
@@ -71,7 +72,8 @@ def paper_hidlr(
         schedule=schedule,
         curvature=probes("gaussian", per_group, batch_size, seed),
         slope="probes",
-        solver=diagonal(averaging=0.0, max_change=None),
+        solver=diagonal(max_change=None),
+        ema_decay=0.0,
         warmup=0,
     )
 
@@ -85,24 +87,29 @@ def hiulr(
     curvature: Estimator | None = None,
     slope: Slope | None = "lagged",
     solver: Solver | Hold = hold(),
+    ema_decay: float | None = None,
+    max_rise: float | None = None,
     warmup: int = 20,
     lagged_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """One rate for all parameters: Hi-ULR of the paper, which is GeN (arXiv 2407.02772).
 
-    `hidlr` with the single group "all". With `slope="probes"`, `warmup=0` and
-    `diagonal(averaging=0.0, max_change=None)`, it is GeN's closed form
+    `hidlr` with the single group "all". With `slope="probes"`, `warmup=0`, `ema_decay=0.0` and
+    `diagonal(max_change=None)`, it is GeN's closed form
     η* = (h/2)·(L₋ − L₊)/(L₊ − 2L₀ + L₋), where L± = L(w ± hu).
 
     Args:
       loss_fn: as in `hidlr`, like all that follow.
-      init_learning_rate: η to begin with, if `warmup` is 0 or there is no `grad`; otherwise found.
+      init_learning_rate: η to begin with; with `warmup` and `grad` it is found, and the number
+        hardly matters.
       update_interval: Φ.
       schedule: step -> factor.
       curvature: the estimator; not used by `hold`, which measures one group in any case.
       slope: "lagged", "gradient", "probes" or None.
-      solver: from `hold`, `coupled` or `diagonal`.
-      warmup: how many first updates.
+      solver: from `hold`, `coupled` or `diagonal`, or a `Solver` of your own.
+      ema_decay: β of the averages of slope and curvature; not with `hold`.
+      max_rise: of the guard; not with `hold`.
+      warmup: the number of first updates in which the rate is found.
       lagged_dtype: the dtype of the direction that "lagged" stores.
 
     Returns:
@@ -125,6 +132,8 @@ def hiulr(
         curvature=curvature,
         slope=slope,
         solver=solver,
+        ema_decay=ema_decay,
+        max_rise=max_rise,
         warmup=warmup,
         lagged_dtype=lagged_dtype,
     )
@@ -156,6 +165,7 @@ def multi_steps(
       >>> import optax, hidlr_optax as hd
       >>> tx = hd.multi_steps(optax.chain(optax.sgd(1.0), hd.hiulr(None)), every_k_schedule=4)
     """
+    watch = unjitted_watch()  # inside of MultiSteps, arrays are never concrete
     outer = optax.MultiSteps(opt, every_k_schedule, **multi_steps_kwargs)
 
     def init_fn(params: Any) -> optax.MultiStepsState:
@@ -172,6 +182,7 @@ def multi_steps(
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, optax.MultiStepsState]:
+        watch((updates, params, state.mini_step))
         every_k = every_k_schedule
         k = every_k(state.gradient_step) if callable(every_k) else every_k
         is_last = state.mini_step == k - 1

@@ -16,6 +16,7 @@ from hidlr_optax._hold import Hold
 from hidlr_optax._measurement import Estimator, fits_slope
 from hidlr_optax._paths import leaf_paths
 from hidlr_optax._step_loss import SLOPE_SOURCES, SlopeSource, StepLoss
+from hidlr_optax.solvers import Coupled, Diagonal
 
 LossFn = Callable[[Any, Any], jax.Array]
 ValueFn = Callable[[Any], jax.Array]
@@ -46,6 +47,32 @@ def _check_part(part: Any, members: tuple[str, ...], argument: str, examples: st
         )
 
 
+def check_solver(solver: Any, ema_decay: Any, max_rise: Any) -> None:
+    """Raises a ValueError unless this is a solver, and what is given beside it has an effect."""
+    given = {"ema_decay": ema_decay, "max_rise": max_rise}
+    given = {name: value for name, value in given.items() if value is not None}
+    if isinstance(solver, Hold):
+        if given:
+            raise ValueError(
+                f"{given} has no effect with hold(), which has averages and a guard of its own; "
+                "leave it out, or use coupled(), diagonal() or a solver of your own"
+            )
+        return
+    _check_part(solver, ("solve",), "solver", "a solver such as hold(), coupled() or diagonal()")
+    for name, argument in {"averaging": "ema_decay", "max_rise": "max_rise"}.items():
+        value = getattr(solver, name, None)
+        is_deprecated = isinstance(solver, Coupled | Diagonal) and argument not in given
+        if value is not None and not is_deprecated:
+            raise ValueError(
+                f"{name} is not the solver's: leave it out of {solver!r} and pass "
+                f"hidlr(..., {argument}={given.get(argument, value)})"
+            )
+    if ema_decay is not None and _is_concrete(ema_decay) and not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}; 0 is no averaging")
+    if max_rise is not None and _is_concrete(max_rise) and not max_rise >= 0:
+        raise ValueError(f"max_rise must be >= 0, got {max_rise}; math.inf is no guard")
+
+
 def check_arguments(
     loss_fn: Any,
     init_learning_rate: Any,
@@ -53,7 +80,6 @@ def check_arguments(
     schedule: Any,
     curvature: Any,
     slope: Any,
-    solver: Any,
     warmup: Any,
 ) -> None:
     if loss_fn is not None and not callable(loss_fn):
@@ -78,9 +104,6 @@ def check_arguments(
         raise ValueError(f"update_interval must be a whole number >= 1, got {update_interval}")
     estimator_members = "estimate", "couples", "separates"
     _check_part(curvature, estimator_members, "curvature", "an estimator such as probes()")
-    if not isinstance(solver, Hold):
-        examples = "a solver such as hold(), coupled() or diagonal()"
-        _check_part(solver, ("solve", "averaging", "max_rise"), "solver", examples)
     if slope not in SLOPE_SOURCES:
         raise ValueError(f"slope must be 'gradient', 'lagged', 'probes' or None, got {slope!r}")
     if slope == "probes" and not fits_slope(curvature):

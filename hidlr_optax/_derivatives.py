@@ -119,6 +119,11 @@ class GaussNewton:
     def check(self, loss_fn: Callable[[Any, Any], jax.Array], params: Any, batch: Any) -> None:
         """Compares `output_loss(model_fn(params, batch), batch)` with the loss, by value.
 
+        Args:
+          loss_fn: (params, batch) -> scalar, as given to `hidlr`.
+          params: of the model.
+          batch: of the loss.
+
         Raises:
           ValueError: they differ by more than one part in ten thousand.
         """
@@ -161,7 +166,7 @@ class Secant:
         return Measurement(
             quadratic=Quadratic(start, (start - end) / rates),
             resolved=largest > 0,
-            floor=rounding / rates,
+            least_curvature=rounding / rates,
             offsets=rates[None],
             changes=jnp.zeros(0, jnp.float32),
         )
@@ -170,10 +175,10 @@ class Secant:
 def secant() -> Secant:
     """Curvature that each group adds to the joint step, from one gradient at its end.
 
-    b − b(η) = Aη, all K rows at once: the change of the slopes over the step with the present rates
-    η, exact where the loss is quadratic. Reported as curvature is (Aη)_k/η_k, the curvature of
-    group k in the company of the others at these rates, a_k + Σ_l≠k A_kl η_l/η_k. Costs one
-    gradient of the loss, whatever K is, beside the one that `update` is given.
+    Over the step with the present rates η, the slopes change by b − b(η) = Aη: all K rows at once,
+    exact where the loss is quadratic. The curvature reported is (Aη)_k/η_k = a_k + Σ_l≠k A_kl
+    η_l/η_k, that of group k in the company of the others. Costs one gradient of the loss, whatever
+    K is, beside the one that `update` is given.
 
     Returns:
       An estimator, for `hidlr(..., curvature=...)`.
@@ -196,7 +201,8 @@ def hessian(batch_size: int | None = None) -> Hessian:
       batch_size: how many products run at a time; None: all.
 
     Returns:
-      An estimator, for `hidlr(..., curvature=..., solver=coupled())`. `diagonal` uses a_k alone.
+      An estimator, for `hidlr(..., curvature=...)`. `coupled` uses all of A, `diagonal` the a_k
+      alone, `hold` the row sums (Aη)_k/η_k.
 
     Raises:
       ValueError: `batch_size` < 1.
@@ -229,7 +235,8 @@ def gauss_newton(
       batch_size: how many products run at a time; None: all. They hold K copies of the outputs.
 
     Returns:
-      An estimator, for `hidlr(..., curvature=..., solver=coupled())`. `diagonal` uses a_k alone.
+      An estimator, for `hidlr(..., curvature=...)`. `coupled` uses all of A, `diagonal` the a_k
+      alone, `hold` the row sums (Aη)_k/η_k.
 
     Raises:
       ValueError: `batch_size` < 1, or an argument is not callable.

@@ -40,14 +40,14 @@ class GroupInfluence:
 
     @property
     def status(self) -> Status:
-        """Whether there are numbers, and if not, what most refreshes lacked."""
+        """The reason why there are no numbers: what most refreshes lacked; or "resolved"."""
         if self.total is not None:
             return "resolved"
         return "negative" if self.negative > self.unresolved else "unresolved"
 
     @property
     def per_parameter(self) -> float | None:
-        """Influence per parameter, PPI_k = b_k²/(a_k d_k) (arXiv 2501.06954, eq. 5.1)."""
+        """PPI_k = b_k²/(a_k d_k), the influence per parameter (arXiv 2501.06954, eq. 5.1)."""
         return None if self.total is None else self.total / self.size
 
     @property
@@ -87,7 +87,7 @@ class Influence:
       >>> found.ranking(), found.differs("head", "rest")
       (['head', 'rest'], True)
       >>> print(found)
-      group  parameters   per parameter       total  marginal  refreshes
+      group  parameters             PPI   influence  marginal  refreshes
       head           10    0.05 ± 0.001  0.5 ± 0.01         –          9
       rest         1000  0.0007 ± 2e-05  0.7 ± 0.02         –          9
       head > rest
@@ -97,7 +97,7 @@ class Influence:
     steps: int
 
     def ranking(self) -> list[str]:
-        """Labels by influence per parameter, the highest first, those without a number last."""
+        """Labels by influence per parameter (PPI), the highest first; without a number, last."""
 
         def place(label: str) -> tuple[float, str]:
             ppi = self.groups[label].per_parameter
@@ -106,14 +106,16 @@ class Influence:
         return sorted(self.groups, key=place)
 
     def differs(self, one: str, other: str, z: float = 2.0) -> bool:
-        """Whether two groups' influences per parameter differ by more than `z` combined errors.
-
-        False where one of the two has no number or no error: nothing is known to differ then.
+        """Tells whether the PPIs of two groups lie further apart than their errors explain.
 
         Args:
           one: a label.
           other: a label.
           z: how many standard errors of the difference it has to exceed.
+
+        Returns:
+          True if the difference exceeds them. False otherwise, and where one of the two has no
+          number or no error: nothing is known to differ then.
 
         Raises:
           ValueError: a label is none of the groups'.
@@ -155,5 +157,5 @@ class Influence:
         return "; ".join(part for part in parts if part)
 
     def __str__(self) -> str:
-        head = ("group", "parameters", "per parameter", "total", "marginal", "refreshes")
+        head = ("group", "parameters", "PPI", "influence", "marginal", "refreshes")
         return "\n".join([*aligned([head, *map(self._row, self.ranking())]), self._order()])

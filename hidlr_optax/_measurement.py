@@ -20,15 +20,15 @@ class Measurement(NamedTuple):
     Attributes:
       quadratic: slope and curvature in learning rates of one.
       resolved: (K,) bool, where the change of the loss stands above its rounding.
-      floor: (K,), the smallest curvature that could have been told from none: what moves the loss
-        by its rounding at the current rate.
+      least_curvature: (K,), the smallest curvature that could have been told from none: what moves
+        the loss by its rounding at the current rate.
       offsets: ξ, (n, K), the learning rates at which the loss was probed.
       changes: (n,), loss at the offsets minus loss at the parameters.
     """
 
     quadratic: Quadratic
     resolved: jax.Array
-    floor: jax.Array
+    least_curvature: jax.Array
     offsets: jax.Array
     changes: jax.Array
 
@@ -42,14 +42,14 @@ class Measurement(NamedTuple):
         Example:
           >>> import jax.numpy as jnp, hidlr_optax as hd
           >>> measured = Measurement.exact(hd.Quadratic(jnp.ones(2), jnp.ones(2)))
-          >>> measured.resolved.tolist(), measured.floor.tolist()
+          >>> measured.resolved.tolist(), measured.least_curvature.tolist()
           ([True, True], [0.0, 0.0])
         """
         num_groups = len(quadratic.slope)
         return Measurement(
             quadratic=quadratic,
             resolved=jnp.ones(num_groups, bool),
-            floor=jnp.zeros(num_groups, jnp.float32),
+            least_curvature=jnp.zeros(num_groups, jnp.float32),
             offsets=jnp.zeros((0, num_groups), jnp.float32),
             changes=jnp.zeros(0, jnp.float32),
         )
@@ -57,8 +57,8 @@ class Measurement(NamedTuple):
     def statuses(self) -> jax.Array:
         """(K,) of `Kept`: which groups' numbers can be used at all.
 
-        One loss that is not finite keeps every group: it says that some probe left the region in
-        which the model means anything, and which one is not known to the others.
+        One number that is not finite keeps every group: some probe left the region in which the
+        quadratic means anything, and it may have been any of them.
         """
         slope, curvature, coupling = self.quadratic
         finite = jnp.isfinite(slope) & jnp.isfinite(curvature)
@@ -85,7 +85,7 @@ class Estimator(Protocol):
 
     @property
     def separates(self) -> bool:
-        """Whether it tells the groups apart. If not, `hold` leaves their proportions alone."""
+        """Whether the groups are told apart. If not, `hold` leaves their proportions alone."""
         ...
 
     def estimate(
@@ -139,7 +139,7 @@ def measure(
         "quadratic.slope": slope,
         "quadratic.curvature": curvature,
         "resolved": measured.resolved,
-        "floor": measured.floor,
+        "least_curvature": measured.least_curvature,
     }
     wanted: dict[str, Any] = {name: (array, (count,)) for name, array in per_group.items()}
     if estimator.couples:
@@ -153,10 +153,11 @@ def measure(
                 f"{estimator!r}.estimate must return {name} of shape {shape} for {count} groups, "
                 f"got {found}"
             )
-    quadratic, floor = jax.tree.map(
-        lambda array: jnp.asarray(array, jnp.float32), (measured.quadratic, measured.floor)
+    quadratic, least_curvature = jax.tree.map(
+        lambda array: jnp.asarray(array, jnp.float32),
+        (measured.quadratic, measured.least_curvature),
     )
-    return measured._replace(quadratic=quadratic, floor=floor)
+    return measured._replace(quadratic=quadratic, least_curvature=least_curvature)
 
 
 def evaluate(fn: Callable[[jax.Array], Any], offsets: jax.Array, batch_size: int | None) -> Any:

@@ -6,6 +6,7 @@ itself, so no scale has to be known.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,10 @@ from hidlr_optax._measurement import Estimator, Measurement, measure
 from hidlr_optax._quadratic import Kept, Quadratic, average, influence_per_parameter
 from hidlr_optax._state import Clock, Packed, where_due
 from hidlr_optax._step_loss import Evidence, SlopeSource, StepLoss
-from hidlr_optax.solvers import Solver
+from hidlr_optax.solvers import Diagonal, Solver
 
+_EMA_DECAY = 0.9  # of the averages of slope and curvature, by the refresh
+_MAX_RISE = 0.2  # of the loss, that the guard lets pass
 _START_PART = 1e-2  # of the loss: what the first step, by its slope alone, is to change it by
 _START_RANGE = 10.0  # how far from there an initial rate that was asked for may lie
 _LEAST_PART = 1e-6  # of the loss: a step that changes it by less is lost in float32
@@ -31,11 +34,34 @@ class OneStepRule:
       solver: minimises the quadratic.
       estimator: measures it.
       source: of the slopes.
+      ema_decay: β, of the averages of slope and curvature.
+      max_rise: the rise of the loss, as a part of it, that the guard lets pass; None: no guard.
     """
 
     solver: Solver
     estimator: Estimator
     source: SlopeSource
+    ema_decay: float
+    max_rise: float | None
+
+    @staticmethod
+    def of(
+        solver: Solver,
+        estimator: Estimator,
+        source: SlopeSource,
+        ema_decay: float | None,
+        max_rise: float | None,
+    ) -> "OneStepRule":
+        """The rule with the defaults for averages and guard where they are None."""
+        if ema_decay is None:
+            ema_decay = getattr(solver, "averaging", None)  # its short form
+        if ema_decay is None:
+            ema_decay = _EMA_DECAY
+        if max_rise is None:
+            # Of the paper's closed form, nothing is corrected unless it is asked for.
+            max_rise = math.inf if isinstance(solver, Diagonal) else _MAX_RISE
+        is_off = not isinstance(max_rise, jax.Array) and math.isinf(max_rise)
+        return OneStepRule(solver, estimator, source, ema_decay, None if is_off else max_rise)
 
     @property
     def couples(self) -> bool:
@@ -61,7 +87,7 @@ class OneStepRule:
         measured = self._measure(state, evidence, rates)
         kept = measured.statuses()
         quadratic, measurements = self._average(state, measured, kept == Kept.UPDATED)
-        found, kept = self.solver.solve(quadratic, rates, kept, measured.floor)
+        found, kept = self.solver.solve(quadratic, rates, kept, measured.least_curvature)
         guarded, was_cut = self._guard(evidence.coming, quadratic, rates, found, value, slope)
         return _recorded(state, evidence.coming, measured, quadratic, kept)._replace(
             group_learning_rates=guarded,
@@ -110,7 +136,7 @@ class OneStepRule:
             use, counts = usable, measurements
             if new.ndim == 2:  # a pair of groups counts where both do
                 use, counts = use[:, None] & use, jnp.minimum(counts[:, None], counts)
-            return jnp.where(use, average(mean, new, self.solver.averaging, counts), mean)
+            return jnp.where(use, average(mean, new, self.ema_decay, counts), mean)
 
         means = Quadratic(state.slope, state.curvature, state.coupling)
         return jax.tree.map(averaged, means, measured.quadratic), measurements
@@ -128,13 +154,13 @@ class OneStepRule:
 
         The step is judged at full rates, as it will be after warm-up.
         """
-        if self.solver.max_rise is None:
+        if self.max_rise is None:
             return found, jnp.zeros((), bool)
         found = keep_resolvable(found, rates, quadratic, value)
         after = coming(found)
         dtype = wide(after.dtype)
         change = (after.astype(dtype) - value.astype(dtype)).astype(jnp.float32)
-        factor = guard_factor(found, change, value.astype(jnp.float32), slope, self.solver.max_rise)
+        factor = guard_factor(found, change, value.astype(jnp.float32), slope, self.max_rise)
         # A step that is not finite at any rate says nothing about the rates.
         squares = coming.groups.inner(coming.direction, coming.direction)
         factor = jnp.where(jnp.isfinite(value) & jnp.all(jnp.isfinite(squares)), factor, 1.0)
@@ -155,9 +181,9 @@ def _recorded(
 ) -> Packed:
     """The state with what was measured, its averages, and influence per parameter (PPI)."""
     sizes = jnp.asarray(coming.groups.sizes, jnp.float32)
-    convex = (kept == Kept.UPDATED) & (quadratic.curvature > measured.floor)
+    convex = (kept == Kept.UPDATED) & (quadratic.curvature > measured.least_curvature)
     slope, curvature, _ = measured.quadratic
-    above_floor = jnp.isfinite(curvature) & (jnp.abs(curvature) > measured.floor)
+    is_resolved = jnp.isfinite(curvature) & (jnp.abs(curvature) > measured.least_curvature)
     return state._replace(
         refreshes=optax.safe_increment(state.refreshes),
         slope=quadratic.slope,
@@ -165,7 +191,7 @@ def _recorded(
         coupling=quadratic.coupling,
         influence=jnp.where(convex, influence_per_parameter(quadratic, sizes), state.influence),
         measured_slope=jnp.where(jnp.isfinite(slope), slope, 0),
-        measured_curvature=jnp.where(above_floor, curvature, 0),
+        measured_curvature=jnp.where(is_resolved, curvature, 0),
         kept=kept,
     )
 

@@ -60,7 +60,7 @@ class Parabola:
         return Measurement(
             quadratic=Quadratic(parts / rates, shares * whole / rates**2),
             resolved=jnp.broadcast_to(moved > rounding, rates.shape),
-            floor=shares * rounding / rates**2,
+            least_curvature=shares * rounding / rates**2,
             offsets=offsets,
             changes=changes,
         )

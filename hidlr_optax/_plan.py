@@ -15,6 +15,7 @@ Value = Literal["total", "marginal"]
 
 
 def check_value(value: str) -> None:
+    """Raises a ValueError unless this names an influence of a group."""
     if value not in ("total", "marginal"):
         raise ValueError(f"value must be 'total' or 'marginal', got {value!r}")
 
@@ -47,9 +48,9 @@ class Plan:
       >>> plan = hd.Plan({"head"}, {"rest"}, psi=10.0, sizes={"head": 10, "rest": 990})
       >>> print(plan)
       ψ = 10: 1 of 2 groups trains, 10 of 1000 parameters (1 %)
-      group  parameters  per parameter
-      head           10              –  trains
-      rest          990              –  frozen
+      group  parameters  PPI
+      head           10    –  trains
+      rest          990    –  frozen
       >>> hd.Plan.from_json(plan.to_json()) == plan
       True
     """
@@ -108,6 +109,9 @@ class Plan:
         Args:
           value: "total", b²/a, or "marginal".
 
+        Returns:
+          The sum, loss.
+
         Raises:
           ValueError: the plan rests on no influence, or `value` is neither of the two.
         """
@@ -165,7 +169,7 @@ class Plan:
             )
 
     def to_json(self) -> str:
-        """As JSON, for `from_json`: every finite number exact.
+        """Writes the plan as JSON for `from_json`, every finite number exact.
 
         Raises:
           ValueError: a number is not finite.
@@ -175,7 +179,7 @@ class Plan:
 
     @staticmethod
     def from_json(text: str) -> "Plan":
-        """The plan that `to_json` wrote.
+        """Reads the plan that `to_json` wrote.
 
         Raises:
           ValueError: `text` is not JSON, or of another version, or not a plan.
@@ -196,7 +200,7 @@ class Plan:
             whole, part = sum(self.sizes.values()), self.parameters or 0
             line += f", {part} of {whole} parameters ({100 * part / max(whole, 1):.3g} %)"
         order = sorted(self.labels) if self.influence is None else self.influence.ranking()
-        rows = [("group", "parameters", "per parameter", "")]
+        rows = [("group", "parameters", "PPI", "")]
         for label in sorted(order, key=lambda label: label in self.frozen):  # stable
             rows.append((label, *self._evidence(label), self._status(label)))
         return "\n".join([line, *(text.rstrip() for text in aligned(rows))])

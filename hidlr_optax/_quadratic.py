@@ -21,6 +21,12 @@ class Quadratic(NamedTuple):
         opposite of the slope's sign in Optax's line searches**.
       curvature: a, (K,), the diagonal of A, loss per unit learning rate squared.
       coupling: A without its diagonal, (K, K), where it is known; None where it is not.
+
+    Example:
+      >>> import jax.numpy as jnp, hidlr_optax as hd
+      >>> quadratic = hd.Quadratic(slope=jnp.array([2.0, 1.0]), curvature=jnp.array([4.0, 1.0]))
+      >>> quadratic.slope_at(jnp.array([0.5, 0.5])).tolist()  # no slope at a group's minimum, b/a
+      [0.0, 0.5]
     """
 
     slope: jax.Array
@@ -28,14 +34,14 @@ class Quadratic(NamedTuple):
     coupling: jax.Array | None = None
 
     def scaled(self, units: jax.Array) -> "Quadratic":
-        """The same quadratic in rates measured in `units` e, (K,): b_k e_k and A_kl e_k e_l."""
+        """The same in rates that count `units` e, (K,): b_k e_k and A_kl e_k e_l."""
         coupling = self.coupling
         if coupling is not None:
             coupling = coupling * units[:, None] * units
         return Quadratic(self.slope * units, self.curvature * units**2, coupling)
 
     def slope_at(self, rates: jax.Array) -> jax.Array:
-        """Slope left after a step with `rates` η, (K,): b − Aη."""
+        """Slope at the end of a step with `rates` η: b − Aη, (K,), loss per unit learning rate."""
         coupled = 0.0 if self.coupling is None else self.coupling @ rates
         return self.slope - self.curvature * rates - coupled
 

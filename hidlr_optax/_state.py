@@ -32,8 +32,8 @@ class HiDLRState(NamedTuple, Generic[PerGroup]):
       group_learning_rates: η, () float32 each, without the schedule's factor.
       slope: b, () float32 each, loss per unit learning rate, averaged over refreshes.
       curvature: a, () float32 each, loss per unit learning rate squared, averaged.
-      influence: the influence per parameter (PPI), () float32 each, loss per parameter, of the last
-        refresh whose curvature was positive; zero before.
+      influence: the influence per parameter (PPI), b²/(a d), () float32 each, loss per parameter,
+        of the last refresh whose curvature was positive; zero before.
       measured_slope: b of the last refresh alone, () float32 each, not averaged; zero where it was
         not finite.
       measured_curvature: a of the last refresh alone, () float32 each, not averaged; zero where it

@@ -13,7 +13,7 @@ from hidlr_optax._quadratic import Kept, Quadratic
 from hidlr_optax._state import initial_rates
 from hidlr_optax._step_loss import StepLoss
 from hidlr_optax.curvature import probes
-from hidlr_optax.solvers import diagonal, parabola_minima
+from hidlr_optax.solvers import parabola_minima
 
 _ROUND_CHANGE = 100.0
 
@@ -46,7 +46,9 @@ class Suggestion(NamedTuple):
 def _trust(measured: Measurement) -> jax.Array:
     """(K,) of `Kept`. A search can go on where slope or curvature are lost in rounding."""
     kept = measured.statuses()
-    lost = (kept == Kept.NO_SLOPE) | (jnp.abs(measured.quadratic.curvature) < measured.floor)
+    lost = (kept == Kept.NO_SLOPE) | (
+        jnp.abs(measured.quadratic.curvature) < measured.least_curvature
+    )
     return jnp.where(lost & (kept != Kept.NON_FINITE), Kept.UNRESOLVED, kept)
 
 
@@ -103,7 +105,7 @@ def suggest(
       >>> {name: round(rate, 4) for name, rate in found.learning_rates.items()}
       {'x': 1.0, 'y': 0.01}
     """
-    check_arguments(loss_fn, init_learning_rate, 1, None, curvature, "probes", diagonal(), 10)
+    check_arguments(loss_fn, init_learning_rate, 1, None, curvature, "probes", 10)
     if rounds < 1:
         raise ValueError(f"rounds must be 1 or more, got {rounds}")
     groups = Groups.of(param_labels, params)

@@ -18,6 +18,7 @@ from hidlr_optax._arguments import (
     check_gradient,
     check_like,
     check_scalar,
+    check_solver,
     fitting,
     usable_value,
 )
@@ -48,6 +49,8 @@ def hidlr(
     curvature: Estimator | None = None,
     slope: Slope | None = "lagged",
     solver: Solver | Hold = hold(),
+    ema_decay: float | None = None,
+    max_rise: float | None = None,
     warmup: int = 20,
     lagged_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -84,25 +87,33 @@ def hidlr(
       loss_fn: (params, batch) -> scalar; None if `update` is always given `value_fn`. It has to be
         the same function at all probes of a refresh: fix dropout keys and batch statistics.
       param_labels: a pytree of str like params, a prefix of it, or a callable from params to one.
-      init_learning_rate: the proportions of the rates to begin with, one number for all groups or
-        `{label: rate}`. Their size is found at the first update: the first step changes the loss by
-        a hundredth, three with `hold`. With `warmup=0`, or without `grad`, the rates begin as they
-        are given. None: all alike.
-      update_interval: Φ, steps from refresh to refresh.
+      init_learning_rate: η to begin with, one number for all groups or `{label: rate}`. With `hold`
+        it gives their proportions alone: at the first update their size is set so that the step, by
+        its slope, changes the loss by three hundredths. With other solvers it is brought within a
+        factor of ten of where that is one hundredth. With `warmup=0`, or without `grad`, the rates
+        begin as they are given. None: all alike, and found.
+      update_interval: Φ ≥ 1, steps from refresh to refresh.
       schedule: step -> factor, 1 at its peak; multiplies all rates. `hold` knows it and does not
         undo it; put no other scaling after `hidlr`.
-      curvature: the estimator, from `secant`, `parabola`, `probes`, `hessian` or `gauss_newton`.
-        With `hold` it measures the single groups, every few refreshes; `parabola` leaves their
-        proportions alone. None: `secant()` with `hold`, `probes()` with the other solvers.
+      curvature: the estimator, from `secant`, `parabola`, `probes`, `hessian` or `gauss_newton`, or
+        an `Estimator` of your own. With `hold` it measures the single groups, every few refreshes;
+        `parabola` leaves their proportions alone. None: `secant()` with `hold`, `probes()` with the
+        other solvers.
       slope: where b comes from. "lagged": slope and curvature along the previous step, which the
         present batch has not made, b_k = −⟨∇L_k, u_k⟩ + (Aη)_k at its start. "gradient":
         b_k = −⟨∇L_k, u_k⟩ along the coming step, on the batch that made u_k: for full batches; on
         mini-batches it is too steep. "probes": fitted together with the curvature, on whatever
         `batch` is passed, such as the next or a held-out one. None: "gradient" at calls with
         `grad`, "probes" at others.
-      solver: from `hold`, `coupled` or `diagonal`.
-      warmup: the number of first updates during which there is a refresh at each and the rates are
-        found. `coupled` and `diagonal` also raise the rates linearly over them. 0: none of this.
+      solver: from `hold`, `coupled` or `diagonal`, or a `Solver` of your own.
+      ema_decay: β in [0, 1), of the moving averages of slope and curvature over refreshes, which
+        the solver is given; 0: those of the newest refresh alone. None: 0.9. Not with `hold`.
+      max_rise: of the guard, ≥ 0. After every refresh the loss is evaluated once more, where the
+        coming step would lead; if it rises by more than this part of itself, all rates are cut, by
+        two to ten. `math.inf`: no guard. None: 0.2, and no guard for `diagonal`. Not with `hold`,
+        which has averages and a guard of its own.
+      warmup: the number of first updates in which the rates are found, by a refresh at each.
+        Solvers other than `hold` also raise the rates linearly over them. 0: none of this.
       lagged_dtype: the dtype in which "lagged" stores the direction, such as bfloat16; None: its
         own.
 
@@ -110,8 +121,9 @@ def hidlr(
       An `optax.GradientTransformationExtraArgs` whose state is a `HiDLRState`.
 
     Raises:
-      ValueError: an argument is out of range; from `init`, labels or rates do not match the
-        parameters; from `update`, there are no params, no loss, or no gradient where one is needed.
+      ValueError: an argument is out of range, or has no effect with this solver; from `init`,
+        labels or rates do not match the parameters; from `update`, there are no params, no loss, or
+        no gradient where one is needed.
 
     Warns:
       UserWarning: `schedule` stays far below one, or `update` is called again outside of jit.
@@ -133,15 +145,16 @@ def hidlr(
     default = secant if isinstance(solver, Hold) else probes
     estimator = default() if curvature is None else curvature
     check_arguments(
-        loss_fn, init_learning_rate, update_interval, schedule, estimator, slope, solver, warmup
+        loss_fn, init_learning_rate, update_interval, schedule, estimator, slope, warmup
     )
+    check_solver(solver, ema_decay, max_rise)
     warn_of_low_peak(schedule)
     watch = unjitted_watch()
     source = SLOPE_SOURCES[slope]
     if isinstance(solver, Hold):
         rule = HoldRule(solver, estimator, source, init_learning_rate)
     else:
-        rule = OneStepRule(solver, estimator, source)
+        rule = OneStepRule.of(solver, estimator, source, ema_decay, max_rise)
 
     def init_fn(params: Any) -> Stored:
         if _is_stand_in(params):

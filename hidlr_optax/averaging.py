@@ -32,10 +32,13 @@ def _wide(leaf: Any) -> jax.Array:
 
 
 def start(params: Any) -> Average:
-    """An average that holds nothing yet; until it does, it is `params`.
+    """Starts an average, which holds nothing yet and until then is `params`.
 
     Args:
       params: a pytree of arrays; in nnx, `nnx.state(model, nnx.Param)`.
+
+    Returns:
+      An `Average`, for `accumulate`.
 
     Example:
       See `accumulate`.

@@ -154,29 +154,29 @@ class Probes:
         del batch
         if value is None:
             value = step_loss.start()
-        unit = rates if expected is None else self.probe_scale(rates, slope, value, expected)
+        scale = rates if expected is None else self.probe_scale(rates, slope, value, expected)
         points = self.points(len(rates), step)
-        offsets = points * unit
+        offsets = points * scale
         losses: jax.Array = evaluate(step_loss, offsets, self.batch_size)
         eps = jnp.finfo(losses.dtype).eps
         losses = losses.astype(wide(losses.dtype))
         changes = losses - value.astype(losses.dtype)
-        scaled = self._fit(points, changes, slope, unit)
+        scaled = self._fit(points, changes, slope, scale)
         rounding = RESOLUTION * float(eps) * self._largest(losses, value, len(rates))
         return Measurement(
-            quadratic=scaled.scaled(1 / unit),
+            quadratic=scaled.scaled(1 / scale),
             resolved=self._largest(changes, jnp.zeros(()), len(rates)) > rounding,
-            floor=rounding / unit**2,
+            least_curvature=rounding / scale**2,
             offsets=offsets,
             changes=changes.astype(jnp.float32),
         )
 
     def _fit(
-        self, points: jax.Array, changes: jax.Array, slope: jax.Array | None, unit: jax.Array
+        self, points: jax.Array, changes: jax.Array, slope: jax.Array | None, scale: jax.Array
     ) -> Quadratic:
         """The quadratic in units of the probe scale."""
         dtype = changes.dtype
-        slope = None if slope is None else slope.astype(dtype) * unit.astype(dtype)
+        slope = None if slope is None else slope.astype(dtype) * scale.astype(dtype)
         if self.design == "gaussian":
             fitted = fit_joint(points.astype(dtype), changes, slope)
         else:

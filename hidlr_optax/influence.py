@@ -44,8 +44,20 @@ def _array(leaf: Any) -> jax.Array:
 def find_state(opt_state: Any) -> HiDLRState:
     """The one `HiDLRState` in an optimizer state, at any depth.
 
+    Args:
+      opt_state: of anything that contains `hidlr`, as for `metrics`.
+
+    Returns:
+      The state itself, not a copy.
+
     Raises:
       ValueError: there is none, or there are several.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, hidlr_optax as hd
+      >>> state = optax.chain(optax.sgd(1.0), hd.hiulr(None)).init({"w": jnp.zeros(3)})
+      >>> int(hd.influence.find_state(state).refreshes)
+      0
     """
     states = [node for node in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(node)]
     if len(states) != 1:
@@ -69,12 +81,12 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
       For each label: `learning_rate/…` (as applied at the last update, schedule included; without
       it, `optax.tree.get(opt_state, "group_learning_rates")`),
       `slope/…` (b, loss per unit learning rate), `curvature/…` (a, loss per unit learning rate
-      squared), `influence/…` (influence per parameter, PPI: loss per parameter) and `kept/…` (a
-      `Kept`: 0 where the last refresh set a new rate, else the reason why not). Beside them
-      `refreshes`; `cuts`, how often the guard stepped in; and what should stay at 0:
-      `value_mismatches` and `gradient_mismatches`, at how many refreshes `value` and `grad` were
-      found not to be those of the probed loss; and `ascents`, at how many no group's step went
-      downhill, where that are most of them. `explain` says what to do about them.
+      squared), `ppi/…` (influence per parameter, b²/(a d), loss per parameter; `influence/…` is the
+      same under its former name) and `kept/…` (a `Kept`: 0 where the last refresh set a new rate,
+      else the reason why not). Beside them `refreshes`; `cuts`, how often the guard stepped in; and
+      what should stay at 0: `value_mismatches` and `gradient_mismatches`, at how many refreshes
+      `value` and `grad` were found not to be those of the probed loss; and `ascents`, at how many
+      no group's step went downhill: a few are noise. `explain` says what to do about them.
 
     Raises:
       ValueError: there is no `HiDLRState` in the state, or more than one.
@@ -92,7 +104,8 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
         },
         "slope": state.slope,
         "curvature": state.curvature,
-        "influence": state.influence,
+        "ppi": state.influence,
+        "influence": state.influence,  # the key of before: no number of its own
         "kept": state.kept,
     }
     flat = {f"{field}/{name}": x for field, group in fields.items() for name, x in group.items()}

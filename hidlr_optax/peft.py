@@ -90,7 +90,7 @@ def select(
       >>> found = Influence({"head": head, "rest": rest}, steps=90)
       >>> print(peft.select(found, psi=10.0))
       ψ = 10, steps = 90: 1 of 2 groups trains, 10 of 1010 parameters (0.99 %)
-      group  parameters   per parameter
+      group  parameters             PPI
       head           10    0.05 ± 0.001  trains
       rest         1000  0.0007 ± 2e-05  frozen
     """

@@ -121,43 +121,46 @@ def losses(histories: Mapping[str, Iterable[Mapping[str, Any]]], window: int = 2
 
 
 def influence(history: Iterable[Mapping[str, Any]]) -> Figure:
-    """The paper's Figures 6 and 7: per-parameter influence, groups × steps, on a log scale.
+    """The paper's Figures 6 and 7: influence per parameter (PPI), groups × steps, on a log scale.
 
     Args:
       history: one mapping per step, as `metrics(opt_state)` returns it, with `step` added if there
-        is any. Steps at which a group has no influence yet, because no curvature of it was
-        positive, are left white.
+        is any. Steps at which a group has no PPI yet, because no curvature of it was positive, are
+        left white. Logs in which it is still called `influence/…` are read as well.
 
     Returns:
-      A figure with one panel; groups from the most influential, on top, to the least (by the
-      geometric mean).
+      A figure with one panel; groups from the highest PPI, on top, to the lowest (by the geometric
+      mean).
 
     Raises:
-      ValueError: the history is empty, or holds no positive influence.
+      ValueError: the history is empty, or holds no positive PPI.
 
     Example:
       >>> import hidlr_optax.plot
-      >>> row = {"influence/head": 1e-3, "influence/rest": 1e-6}
+      >>> row = {"ppi/head": 1e-3, "ppi/rest": 1e-6}
       >>> axes, bar = hidlr_optax.plot.influence([row, row]).axes
       >>> [label.get_text() for label in axes.get_yticklabels()]
       ['rest', 'head']
     """
-    steps, found = _series(history, "influence/")
-    known = {
+    rows = list(history)
+    fields = {key.split("/")[0] for row in rows[:1] for key in row}
+    is_former = "influence" in fields and "ppi" not in fields
+    steps, found = _series(rows, "influence/" if is_former else "ppi/")
+    positive = {
         label: np.ma.masked_less_equal(np.ma.masked_invalid(x), 0) for label, x in found.items()
     }
-    if not any(values.count() for values in known.values()):
+    if not any(values.count() for values in positive.values()):
         raise ValueError("the history holds no positive influence: no curvature was positive yet")
     order = sorted(
-        known, key=lambda label: float(np.ma.filled(np.ma.log(known[label]).mean(), -np.inf))
+        positive, key=lambda label: float(np.ma.filled(np.ma.log(positive[label]).mean(), -np.inf))
     )
     figure = Figure(figsize=(7, 1.2 + 0.35 * len(order)), layout="constrained")
     axes = figure.subplots()
     ends = np.append(steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1))
-    values = np.ma.stack([known[label] for label in order])
+    values = np.ma.stack([positive[label] for label in order])
     mesh = axes.pcolormesh(ends, np.arange(len(order) + 1), values, norm=LogNorm(), rasterized=True)
     axes.set(xlabel="step", yticks=np.arange(len(order)) + 0.5, yticklabels=order)
-    figure.colorbar(mesh, label="influence per parameter")
+    figure.colorbar(mesh, label="influence per parameter (PPI)")
     return figure
 
 

@@ -1,7 +1,7 @@
 """Solvers: from a quadratic to learning rates, group by group or all together in a box.
 
 Arrays only. `Solver` is the protocol of what takes the place of `coupled` and `diagonal`; `hold` is
-a rule of its own.
+a rule of its own. Averages and the guard are not theirs: see `hidlr(ema_decay=..., max_rise=...)`.
 """
 
 import dataclasses
@@ -22,21 +22,11 @@ _SPREAD = 0.01, 100.0  # how far from the uniform rate a group's own may lie
 class Solver(Protocol):
     """A solver: makes rates of a quadratic at every refresh. Yours can be one.
 
-    A frozen, hashable value, such as a frozen dataclass, with what is listed here.
+    A frozen, hashable value, such as a frozen dataclass, with the method that is listed here.
     """
 
-    @property
-    def averaging(self) -> float:
-        """Decay β of the averages of slope and curvature, in [0, 1)."""
-        ...
-
-    @property
-    def max_rise(self) -> float | None:
-        """The rise of the loss, as a part of it, beyond which the guard cuts a step; None: none."""
-        ...
-
     def solve(
-        self, quadratic: Quadratic, rates: jax.Array, kept: jax.Array, floor: jax.Array
+        self, quadratic: Quadratic, rates: jax.Array, kept: jax.Array, least_curvature: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """The new rates and, for each group, a `Kept`: why its rate is the old one.
 
@@ -44,7 +34,7 @@ class Solver(Protocol):
           quadratic: averaged, in learning rates of one.
           rates: η, (K,), the current rates.
           kept: (K,) int32 of `Kept`, the groups already known not to be trusted.
-          floor: (K,), the smallest curvature that could have been told from none.
+          least_curvature: (K,), the smallest curvature that could have been told from none.
 
         Returns:
           (K,) float32 rates and (K,) int32 of `Kept`.
@@ -153,16 +143,15 @@ class Diagonal:
     """The solver made by `diagonal`.
 
     Attributes:
-      averaging: decay of the averages of slope and curvature.
       max_change: the largest factor between old and new rate, or None.
+      averaging: short for `hidlr(ema_decay=...)`, or None.
     """
 
-    averaging: float
     max_change: float | None
-    max_rise = None  # no guard
+    averaging: float | None = None
 
     def solve(
-        self, quadratic: Quadratic, rates: jax.Array, kept: jax.Array, floor: jax.Array
+        self, quadratic: Quadratic, rates: jax.Array, kept: jax.Array, least_curvature: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """The new rates and, for each group, a `Kept`: why its rate is the old one.
 
@@ -174,11 +163,13 @@ class Diagonal:
           quadratic: in learning rates of one.
           rates: η, (K,), the current rates.
           kept: (K,) of `Kept`, the groups already known not to be trusted.
-          floor: (K,), the smallest curvature that could have been told from none.
+          least_curvature: (K,), the smallest curvature that could have been told from none.
         """
         if self.max_change is not None:
-            flat = jnp.abs(quadratic.curvature) < floor
-            least = jnp.minimum(floor, jnp.abs(quadratic.slope) / rates)  # b/least ≥ the rate
+            flat = jnp.abs(quadratic.curvature) < least_curvature
+            least = jnp.minimum(
+                least_curvature, jnp.abs(quadratic.slope) / rates
+            )  # b/least ≥ the rate
             quadratic = quadratic._replace(curvature=jnp.where(flat, least, quadratic.curvature))
         return minimise_diagonal(quadratic, rates, kept, self.max_change)
 
@@ -189,18 +180,16 @@ class Coupled:
 
     Attributes:
       shrinkage: weight of the uniform rate.
-      averaging: decay of the averages of slope and curvature.
       max_change: the largest factor between old and new rate.
-      max_rise: the rise of the loss, as a part of it, beyond which the guard cuts a step.
+      averaging: short for `hidlr(ema_decay=...)`, or None.
     """
 
     shrinkage: float
-    averaging: float
     max_change: float
-    max_rise: float | None
+    averaging: float | None = None
 
     def solve(
-        self, quadratic: Quadratic, rates: jax.Array, kept: jax.Array, floor: jax.Array
+        self, quadratic: Quadratic, rates: jax.Array, kept: jax.Array, least_curvature: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """The new rates and, for each group, a `Kept`: why its rate is the old one.
 
@@ -208,13 +197,15 @@ class Coupled:
           quadratic: in learning rates of one.
           rates: η, (K,), the current rates.
           kept: (K,) of `Kept`, the groups already known not to be trusted.
-          floor: (K,), the smallest curvature that could have been told from none.
+          least_curvature: (K,), the smallest curvature that could have been told from none.
         """
         kept = jnp.where((kept == Kept.UPDATED) & (quadratic.slope == 0), Kept.NO_SLOPE, kept)
         moving = kept == Kept.UPDATED
         local = quadratic.scaled(rates)  # in units of the current rates: all of order one
         # A slope that exceeds the curvature by more than the box is wide leads to its edge anyway.
-        least = jnp.maximum(floor * rates**2, jnp.abs(local.slope) / (4 * self.max_change))
+        least = jnp.maximum(
+            least_curvature * rates**2, jnp.abs(local.slope) / (4 * self.max_change)
+        )
         a = jnp.maximum(jnp.abs(local.curvature), least)
         a = jnp.where(moving, a, 1)
         coupling = local.coupling
@@ -242,19 +233,18 @@ class Coupled:
         return jnp.where(kept == Kept.UPDATED, found, rates), kept.astype(jnp.int32)
 
 
-def _check_averaging(averaging: float) -> None:
-    if not 0 <= averaging < 1:
+def _check_averaging(averaging: float | None) -> None:
+    if averaging is not None and not 0 <= averaging < 1:
         raise ValueError(f"averaging must lie in [0, 1), got {averaging}; 0 is no averaging")
 
 
-def diagonal(averaging: float = 0.9, max_change: float | None = 2.0) -> Diagonal:
+def diagonal(averaging: float | None = None, max_change: float | None = 2.0) -> Diagonal:
     """Each group's rate from its own parabola: η_k = b_k/a_k (paper eq. 3.2).
 
-    Slope and curvature are averaged over refreshes before they are divided; averaging their
-    quotients, the rates, is far noisier.
+    It has no guard unless `hidlr` is given `max_rise`.
 
     Args:
-      averaging: decay β of the moving averages, in [0, 1). 0: the newest refresh alone.
+      averaging: short for `hidlr(..., ema_decay=...)`; give it at one of the two.
       max_change: the largest factor by which one refresh may change a rate, > 1. Groups without a
         positive curvature keep their rate, the others move. None: no bound, and all rates are kept
         unless every curvature is positive, as in the paper's Algorithm 1. Without a bound, a group
@@ -268,20 +258,19 @@ def diagonal(averaging: float = 0.9, max_change: float | None = 2.0) -> Diagonal
 
     Example:
       >>> import hidlr_optax as hd
-      >>> hd.diagonal(averaging=0.0, max_change=None)
-      Diagonal(averaging=0.0, max_change=None)
+      >>> hd.diagonal(max_change=None).max_change is None
+      True
     """
     _check_averaging(averaging)
     if max_change is not None and not (1 < max_change < math.inf):
         raise ValueError(f"max_change must be finite and > 1, or None, got {max_change}")
-    return Diagonal(averaging, max_change)
+    return Diagonal(max_change, averaging)
 
 
 def coupled(
     shrinkage: float = 0.3,
-    averaging: float = 0.9,
+    averaging: float | None = None,
     max_change: float = 2.0,
-    max_rise: float | None = 0.2,
 ) -> Coupled:
     """All rates together: the minimum of q in a box around the current rates (paper eq. 2.3).
 
@@ -294,12 +283,8 @@ def coupled(
 
     Args:
       shrinkage: s ≥ 0, the weight of the uniform rate. 0: none.
-      averaging: decay β of the moving averages of slope and curvature, in [0, 1). 0: the newest
-        refresh alone.
+      averaging: short for `hidlr(..., ema_decay=...)`; give it at one of the two.
       max_change: the largest factor by which one refresh may change a rate, > 1.
-      max_rise: the guard. After every refresh the loss is evaluated once more, where the coming
-        step would lead; if it rises by more than this part of itself, all rates are cut, by two to
-        ten. None: no guard.
 
     Returns:
       A solver, for `hidlr(..., solver=...)`.
@@ -309,14 +294,13 @@ def coupled(
 
     Example:
       >>> import hidlr_optax as hd
-      >>> hd.coupled(shrinkage=0.0)
-      Coupled(shrinkage=0.0, averaging=0.9, max_change=2.0, max_rise=0.2)
+      >>> solver = hd.coupled(shrinkage=0.0)
+      >>> solver.shrinkage, solver.max_change
+      (0.0, 2.0)
     """
     if not 0 <= shrinkage < math.inf:
         raise ValueError(f"shrinkage must be finite and >= 0, got {shrinkage}")
     _check_averaging(averaging)
     if max_change is None or not 1 < max_change < math.inf:
         raise ValueError(f"max_change must be finite and > 1, got {max_change}")
-    if max_rise is not None and not 0 <= max_rise < math.inf:
-        raise ValueError(f"max_rise must be finite and >= 0, or None, got {max_rise}")
-    return Coupled(shrinkage, averaging, max_change, max_rise)
+    return Coupled(shrinkage, max_change, averaging)

@@ -50,6 +50,8 @@ def coupled_hidlr(
     curvature=hd.probes(),
     slope="lagged",
     solver=hd.coupled(),
+    ema_decay=None,
+    max_rise=None,
     warmup=20,
     lagged_dtype=None,
 ):
@@ -66,6 +68,8 @@ def coupled_hidlr(
         curvature=curvature,
         slope=slope,
         solver=solver,
+        ema_decay=ema_decay,
+        max_rise=max_rise,
         warmup=warmup,
         lagged_dtype=lagged_dtype,
     )

@@ -67,7 +67,7 @@ def _best_rate(direction, label):
     return slope / sum(np.sum(curvature[name] * direction[name] ** 2) for name in leaves)
 
 
-_EXACT = hd.diagonal(averaging=0.0, max_change=1e6)
+_EXACT = {"solver": hd.diagonal(max_change=1e6), "ema_decay": 0.0}
 
 
 def _hidlr(loss_fn=_parabolas, labels=_LABELS, **kwargs):
@@ -125,7 +125,7 @@ _DIRECTIONS = {
 
 @pytest.mark.parametrize("direction", _DIRECTIONS.values(), ids=_DIRECTIONS.keys())
 def test_rates_are_the_best_along_the_direction_of(direction):
-    tx = optax.chain(direction, _hidlr(solver=_EXACT))
+    tx = optax.chain(direction, _hidlr(**_EXACT))
     grad = _gradient()
     steps, _ = jax.jit(direction.update)(grad, direction.init(_PARAMS), _PARAMS)
     update = jax.jit(functools.partial(tx.update, batch=_BATCH, grad=grad))
@@ -573,7 +573,7 @@ def test_a_curvature_is_found_at_offsets_that_the_parameters_cannot_hold(dtype, 
     def loss(params):
         return jnp.sum((params.astype(jnp.float32) - centre) ** 2)
 
-    tx = bare(None, "all", init_learning_rate=rate, slope=slope, solver=_EXACT)
+    tx = bare(None, "all", init_learning_rate=rate, slope=slope, **_EXACT)
     grad = jax.grad(loss)(params)
     _, state = tx.update(direction, tx.init(params), params, value_fn=loss, grad=grad)
     np.testing.assert_allclose(state.curvature["all"], 6.0, rtol=1e-2)
@@ -917,7 +917,6 @@ def test_arguments_out_of_range_are_refused(kwargs, message):
         (lambda: hd.probes(batch_size=0), "batch_size must be 1 or more, .* got 0"),
         (lambda: hd.probes("grid"), "design must be .* got 'grid'"),
         (lambda: hd.paper_hidlr(None, "all", per_group=1), "needs per_group >= 2, got Probes"),
-        (lambda: hd.diagonal(averaging=1.0), r"averaging must lie in \[0, 1\), got 1.0"),
         (lambda: hd.diagonal(max_change=1.0), "max_change must be finite and > 1, .* got 1.0"),
     ],
 )

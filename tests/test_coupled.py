@@ -189,7 +189,7 @@ def test_the_box_minimum_equals_the_best_of_all_active_sets():
 
 
 _solve = jax.jit(lambda solver, *args: solver.solve(*args), static_argnums=0)
-_FREE = hd.coupled(shrinkage=0.0, averaging=0.0, max_change=1e4)
+_FREE = hd.coupled(shrinkage=0.0, max_change=1e4)
 
 
 def _run(solver, slope, curvature, coupling, rates, kept=None):
@@ -216,7 +216,7 @@ def test_without_shrinkage_and_inside_the_box_it_is_the_linear_solve():
 
 def test_shrinkage_pulls_towards_the_uniform_rate():
     slope, curvature, shrinkage = np.array([1.0, 3.0]), np.array([1.0, 1.0]), 0.5
-    found, _ = _run(hd.coupled(shrinkage, 0.0, 1e4), slope, curvature, None, [1.0, 1.0])
+    found, _ = _run(hd.coupled(shrinkage, max_change=1e4), slope, curvature, None, [1.0, 1.0])
     uniform = slope.sum() / curvature.sum()
     np.testing.assert_allclose(found, (slope + shrinkage * uniform) / (1 + shrinkage), rtol=1e-4)
 
@@ -225,7 +225,7 @@ def test_a_group_whose_slope_ascends_follows_the_others_instead_of_sinking():
     slope, curvature = np.array([1.0, -0.01]), np.array([1.0, 1.0])
     rates = np.array([1.0, 1.0], np.float32)
     for _ in range(50):
-        rates, _ = _run(hd.coupled(0.3, 0.0, 2.0), slope, curvature, None, rates)
+        rates, _ = _run(hd.coupled(), slope, curvature, None, rates)
     assert rates[1] > 0.05
 
 
@@ -363,7 +363,8 @@ def test_the_diagonal_solver_takes_a_full_matrix_and_uses_its_diagonal():
             {"v": "v", "w": "w"},
             init_learning_rate=0.1,
             curvature=curvature,
-            solver=hd.diagonal(0.0, None),
+            solver=hd.diagonal(max_change=None),
+            ema_decay=0.0,
         )
         grad = jax.grad(_quadratic_loss)(params, batch)
         direction = jax.tree.map(jnp.negative, grad)
@@ -391,7 +392,6 @@ def test_a_non_finite_curvature_keeps_every_rate(poison):
     ("make", "message"),
     [
         (lambda: hd.coupled(shrinkage=-0.1), "shrinkage must be finite and >= 0, got -0.1"),
-        (lambda: hd.coupled(averaging=1.0), r"averaging must lie in \[0, 1\), got 1.0"),
         (lambda: hd.coupled(max_change=1.0), "max_change must be finite and > 1, got 1.0"),
         (lambda: hd.hessian(batch_size=0), "batch_size must be 1 or more"),
         (lambda: hd.gauss_newton(None, len), "model_fn must be callable"),

@@ -361,15 +361,15 @@ def test_a_group_that_moves_the_loss_by_less_than_its_rounding_is_flagged(known)
     assert float(found.quadratic.curvature[0]) == pytest.approx(1, rel=1e-4)
 
 
-def test_the_floor_is_the_curvature_that_moves_the_loss_by_its_rounding():
+def test_the_least_curvature_moves_the_loss_by_its_rounding():
     rates = np.array([1, 1, 0.1], np.float32)
     estimator = hd.probes(per_group=4)
     found = _estimate(estimator, _resolution_loss, np.float32(1), *_zeros_and_ones(), rates)
     largest = 1.5 + np.array([4.0, 0.0, 0.2])  # of the losses each group is probed with
-    ulps = found.floor * rates**2 / (largest * 2.0**-23)
+    ulps = found.least_curvature * rates**2 / (largest * 2.0**-23)
     np.testing.assert_allclose(ulps, ulps[0], rtol=1e-4)
     assert 4 <= float(ulps[0]) <= 64
-    above = np.abs(found.quadratic.curvature) > found.floor
+    above = np.abs(found.quadratic.curvature) > found.least_curvature
     np.testing.assert_array_equal(above, [True, False, False])
 
 
@@ -518,7 +518,8 @@ def _one_probe_finds_the_curvature(dtype, rel):
             LABELS,
             init_learning_rate=0.3,
             curvature=hd.probes(per_group=1),
-            solver=hd.diagonal(averaging=0.0),
+            solver=hd.diagonal(),
+            ema_decay=0.0,
         ),
     )
     _, state = jax.jit(tx.update)(
@@ -540,7 +541,7 @@ def test_hidlr_averages_slope_and_curvature_and_leaves_out_what_is_not_finite():
         slope, curvature = batch
         return 1 - slope * params["w"] + curvature * params["w"] ** 2 / 2
 
-    tx = bare_ulr(loss, init_learning_rate=1.0, update_interval=1, solver=hd.diagonal(0.8, 2.0))
+    tx = bare_ulr(loss, init_learning_rate=1.0, update_interval=1, ema_decay=0.8)
     params = {"w": jnp.zeros(())}
     state, update = tx.init(params), jax.jit(tx.update)
     rate, b, a, n = 1.0, 0.0, 0.0, 0

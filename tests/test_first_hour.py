@@ -258,11 +258,13 @@ def _calls(tx, steps):
     return state
 
 
-def test_updates_outside_of_jit_are_warned_of_once():
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_updates_outside_of_jit_are_warned_of_once(accumulated):
     tx = hd.hidlr(loss_fn, LABELS, warmup=0)
+    tx = hd.multi_steps(tx, 2) if accumulated else tx
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        _calls(tx, 5)
+        _calls(promoting("standard", tx), 5)
     assert [str(warning.message)[:45] for warning in caught] == [
         "hidlr: update is called outside of jax.jit, w"
     ]

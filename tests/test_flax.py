@@ -146,8 +146,8 @@ def test_train_state_with_parameters_that_flax_overwrites():
     # fp8's scales: the gradient takes the place of the parameter.
     params = {"params": {"w": jnp.ones(3)}, "_overwrite_with_gradient": {"scale": jnp.zeros(())}}
     grads = {"params": {"w": jnp.ones(3)}, "_overwrite_with_gradient": {"scale": jnp.ones(())}}
-    solver = hd.diagonal(averaging=0.0, max_change=None)
-    tx = bare(None, "all", init_learning_rate=0.1, solver=solver)
+    solver = hd.diagonal(max_change=None)
+    tx = bare(None, "all", init_learning_rate=0.1, solver=solver, ema_decay=0.0)
     state = hdf.TrainState.create(apply_fn=None, params=params, tx=optax.chain(optax.sgd(1.0), tx))
     loss = lambda p: jnp.sum(p["w"] ** 2) / 2  # noqa: E731
     state = jax.jit(

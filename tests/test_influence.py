@@ -163,7 +163,7 @@ def test_accumulation_inside_a_scan_is_that_of_a_loop_over_all_states(kwargs):
 
 
 def test_what_was_measured_is_the_average_where_averages_hold_one_refresh_only():
-    step, carry = _training(solver=hd.coupled(averaging=0.0))
+    step, carry = _training(solver=hd.coupled(), ema_decay=0.0)
     _, states = jax.lax.scan(step, carry, _batches(5))
     for name in states.slope:
         assert np.all(states.measured_curvature[name] != 0)

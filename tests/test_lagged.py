@@ -12,7 +12,7 @@ import hidlr_optax as hd
 
 _LABELS = {"w": "body", "v": "head"}
 _PARAMS = {"w": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "v": jnp.array([2.0, -1.0])}
-_EXACT = hd.diagonal(averaging=0.0, max_change=None)
+_EXACT = {"solver": hd.diagonal(max_change=None), "ema_decay": 0.0}
 
 
 def _loss(params, batch):
@@ -36,7 +36,7 @@ _BATCHES = [_batch(seed) for seed in range(4)]
 
 def _lagged(**kwargs):
     defaults = {"slope": "lagged", "init_learning_rate": 0.1, "update_interval": 1}
-    return bare(_loss, _LABELS, **defaults | {"solver": _EXACT} | kwargs)
+    return bare(_loss, _LABELS, **defaults | _EXACT | kwargs)
 
 
 def _step(tx):

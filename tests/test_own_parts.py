@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 import own_estimator
 import pytest
+import rivals
 from support import coupled_hidlr
 
 import hidlr_optax as hd
@@ -46,11 +48,8 @@ class Difference:
 class Halfway:
     """Half of the way from the present rate to the minimum of the group's parabola."""
 
-    averaging = 0.5
-    max_rise = 0.2
-
-    def solve(self, quadratic, rates, kept, floor):
-        convex = quadratic.curvature > floor
+    def solve(self, quadratic, rates, kept, least_curvature):
+        convex = quadratic.curvature > least_curvature
         goal = quadratic.slope / jnp.where(convex, quadratic.curvature, 1)
         moves = (kept == hd.Kept.UPDATED) & convex & (goal > 0)
         kept = jnp.where(moves | (kept != hd.Kept.UPDATED), kept, hd.Kept.NOT_CONVEX)
@@ -106,7 +105,8 @@ def test_an_estimator_of_ones_own_trains_as_the_secant_does():
 
 
 def test_a_solver_of_ones_own_trains():
-    loss, metrics = _trained(coupled_hidlr(_loss, _LABELS, solver=Halfway(), slope="gradient"))
+    rule = {"solver": Halfway(), "slope": "gradient", "ema_decay": 0.5}
+    loss, metrics = _trained(coupled_hidlr(_loss, _LABELS, **rule))
     assert loss < 0.1
     assert metrics["learning_rate/x"][-1] > 2 * metrics["learning_rate/y"][-1]
 
@@ -117,13 +117,106 @@ def test_a_solver_of_ones_own_trains():
         ({"curvature": hd.probes}, "without .*'couples', 'separates'"),
         ({"curvature": Difference}, "a class, not a value"),
         ({"curvature": Halfway()}, "curvature must be .* without .*'estimate'"),
-        ({"solver": Difference()}, "solver must be .* without .*'solve', 'averaging', 'max_rise'"),
+        ({"solver": Difference()}, "solver must be .* without .*'solve'"),
         ({"solver": Halfway}, "a class, not a value"),
     ],
 )
 def test_what_lacks_something_is_refused_at_the_door(part, message):
     with pytest.raises(ValueError, match=message):
         hd.hidlr(_loss, _LABELS, **part)
+
+
+# Averages and the guard are not the solver's.
+
+
+def _first_refresh(**rule):
+    """The state after one refresh far from the minimum, whose rates the guard may cut."""
+    params = {name: jnp.ones(3) for name in _LABELS}
+    tx = coupled_hidlr(_loss, _LABELS, slope="gradient", warmup=0, init_learning_rate=1.0, **rule)
+    value, grad = jax.value_and_grad(_loss)(params, _data())
+    direction = jax.tree.map(jnp.negative, grad)
+    known = {"batch": _data(), "value": value, "grad": grad}
+    _, state = tx.update(direction, tx.init(params), params, **known)
+    return state
+
+
+@pytest.mark.parametrize("solver", [hd.coupled(), hd.diagonal(), Halfway()], ids=repr)
+def test_every_solver_can_be_guarded_or_not(solver):
+    free = _first_refresh(solver=solver, max_rise=math.inf)
+    guarded = _first_refresh(solver=solver, max_rise=0.2)
+    assert (int(free.cuts), int(guarded.cuts)) == (0, 1)
+    for name, rate in guarded.group_learning_rates.items():
+        assert 0 < float(rate) < float(free.group_learning_rates[name])
+    by_default = _first_refresh(solver=solver)
+    assert int(by_default.cuts) == (not isinstance(solver, hd.solvers.Diagonal))
+
+
+def test_averages_at_the_solver_are_those_of_hidlr():
+    for make in (hd.coupled, hd.diagonal):
+        solver = make(averaging=0.5)
+        (_, before), (_, now) = (
+            _trained(coupled_hidlr(_loss, _LABELS, **rule), steps=8)
+            for rule in ({"solver": solver}, {"solver": make(), "ema_decay": 0.5})
+        )
+        for name, values in now.items():
+            np.testing.assert_array_equal(values, before[name])
+        with pytest.raises(ValueError, match="averaging is not the solver's: leave it out"):
+            hd.hidlr(_loss, _LABELS, solver=solver, ema_decay=0.9)
+        with pytest.raises(ValueError, match=r"in \[0, 1\)"):
+            make(averaging=1.0)
+
+
+@pytest.mark.parametrize("name", ["averaging", "max_rise"])
+def test_a_solver_of_ones_own_with_averages_or_guard_is_told_where_they_went(name):
+    solver = dataclasses.make_dataclass("Own", [(name, float, 0.5)], bases=(Halfway,), frozen=True)
+    with pytest.raises(ValueError, match=f"{name} is not the solver's: .*=0.5"):
+        hd.hidlr(_loss, _LABELS, solver=solver())
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, 1.5, math.nan])
+def test_a_decay_outside_its_range_is_refused(value):
+    with pytest.raises(ValueError, match=r"ema_decay must lie in \[0, 1\)"):
+        hd.hidlr(_loss, _LABELS, solver=hd.coupled(), ema_decay=value)
+
+
+@pytest.mark.parametrize("given", [{"ema_decay": 0.9}, {"max_rise": 0.2}], ids=repr)
+def test_hold_refuses_what_has_no_effect_there(given):
+    with pytest.raises(ValueError, match=r"has no effect with hold\(\)"):
+        hd.hidlr(_loss, _LABELS, **given)
+
+
+# The algorithm of another paper.
+
+
+def test_gen_in_open_parts_is_what_its_paper_says():
+    rates = np.array([1e-2, 3e-3])
+    params = {name: jnp.ones(3) for name in _LABELS}
+    asked = dict(zip(_LABELS, map(float, rates), strict=True))
+    tx = rivals.gen_hidlr(_loss, _LABELS, init_learning_rate=asked, update_interval=1)
+    state, update, moved = tx.init(params), jax.jit(tx.update), []
+    value, grad = jax.value_and_grad(_loss)(params, _data())
+    direction = jax.tree.map(jnp.negative, grad)
+    for n in range(12):
+        key = jax.random.fold_in(jax.random.key(0), n)
+        points = np.asarray(jax.random.normal(key, (8, 2)))
+        ends = [
+            {name: params[name] + x * direction[name] for name, x in zip("xy", row, strict=True)}
+            for row in jnp.float32(points * rates)
+        ]
+        changes = np.array([float(_loss(end, _data()) - value) for end in ends])
+        matrix = np.concatenate([-points, points**2 / 2], axis=1)
+        solution = np.linalg.lstsq(matrix, changes, rcond=None)[0]
+        rest = np.sum((matrix @ solution - changes) ** 2)
+        good = 1 - rest / np.sum((changes - changes.mean()) ** 2) > 0.99
+        good &= np.all(solution[2:] > 0)
+        if good:
+            best = np.clip(solution[:2] / solution[2:], 0.1, 10) * rates
+            rates = 0.9 * rates + 0.1 * best
+        known = {"batch": _data(), "value": value}
+        _, state = update(direction, state, params, **known)
+        np.testing.assert_allclose(list(state.group_learning_rates.values()), rates, rtol=1e-3)
+        moved.append(bool(good))
+    assert set(moved) == {True, False}, moved  # fits of both kinds
 
 
 _ONES = jnp.ones(2)

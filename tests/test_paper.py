@@ -124,7 +124,8 @@ def _fitted(design, slope):
         init_learning_rate=0.1,
         curvature=hd.probes(design, per_group=4),
         slope=slope,
-        solver=hd.diagonal(averaging=0.0, max_change=None),
+        solver=hd.diagonal(max_change=None),
+        ema_decay=0.0,
         warmup=0,
     )
 
@@ -166,7 +167,8 @@ def test_one_rate_does_not_solve_the_ellipse():
         ellipse,
         init_learning_rate=0.1,
         slope="gradient",
-        solver=hd.diagonal(averaging=0.0, max_change=None),
+        solver=hd.diagonal(max_change=None),
+        ema_decay=0.0,
         warmup=0,
     )
     params = {"x": jnp.asarray(50.0), "y": jnp.asarray(1.0)}
@@ -208,7 +210,8 @@ def _hiulr_follows_gen(dtype, rel, with_value):
         update_interval=1,
         curvature=hd.probes(per_group=2),
         slope="probes",
-        solver=hd.diagonal(averaging=0.0, max_change=None),
+        solver=hd.diagonal(max_change=None),
+        ema_decay=0.0,
         warmup=0,
     )
     params = {"a": jnp.asarray([1.0, 2.0, -0.5], dtype), "b": jnp.asarray([[0.3, 1.5]], dtype)}

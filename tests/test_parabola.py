@@ -120,7 +120,7 @@ def test_hold_trains_groups_on_a_loss_without_a_gradient_and_keeps_their_proport
 
 def test_the_diagonal_solver_goes_to_the_minimum_of_the_joint_parabola():
     settings = {"slope": "gradient", "warmup": 0, "init_learning_rate": 1e-3}
-    solver = hd.diagonal(max_change=None, averaging=0.0)
+    solver = hd.diagonal(max_change=None)
     _, state = _trained(1, solver=solver, **settings)
     gradient = jax.grad(_same)(_PARAMS)
     best = jnp.sum(_flat(gradient) ** 2) / jnp.sum(_flat(gradient) ** 2 * 6 * jnp.arange(1.0, 6))

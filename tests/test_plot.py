@@ -60,12 +60,14 @@ def test_fit_draws_probes_parabola_and_minimiser_of_each_group():
     assert z.get_title() == "z: none (not convex)"
 
 
-def test_influence_draws_a_row_per_group_the_most_influential_on_top():
+@pytest.mark.parametrize("ppi", ["ppi", "influence"])
+def test_influence_draws_a_row_per_group_the_most_influential_on_top(ppi):
     history = [
-        {"step": 5 * n, "influence/low": 1e-6, "influence/high": 10.0**n, "influence/none": 0.0}
+        {"step": 5 * n, f"{ppi}/low": 1e-6, f"{ppi}/high": 10.0**n, f"{ppi}/none": 0.0}
         for n in range(3)
     ]
     axes, bar = plot.influence(history).axes
+    assert bar.get_ylabel() == "influence per parameter (PPI)"
     assert [label.get_text() for label in axes.get_yticklabels()] == ["none", "low", "high"]
     drawn = axes.collections[0].get_array()
     np.testing.assert_allclose(drawn[1:], [[1e-6] * 3, [1, 10, 100]])
@@ -76,10 +78,10 @@ def test_influence_draws_a_row_per_group_the_most_influential_on_top():
 
 def test_influence_says_what_is_missing():
     with pytest.raises(ValueError, match="no positive influence"):
-        plot.influence([{"influence/a": 0.0}])
+        plot.influence([{"ppi/a": 0.0}])
     with pytest.raises(ValueError, match="history is empty"):
         plot.influence([])
-    with pytest.raises(ValueError, match="starts with 'influence/'"):
+    with pytest.raises(ValueError, match="starts with 'ppi/'"):
         plot.influence([{"loss": 1.0}])
 
 

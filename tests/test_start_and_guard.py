@@ -390,18 +390,23 @@ def test_a_step_to_where_the_loss_is_not_finite_is_cut_to_a_tenth(poison):
 
 def test_a_step_that_ascends_is_cut_by_half():
     lenient, strict = (
-        _first_walled_step(direction=-1.0, solver=hd.coupled(max_rise=rise))[1:3]
-        for rise in (0.2, 0.0)
+        _first_walled_step(direction=-1.0, max_rise=rise)[1:3] for rise in (0.2, 0.0)
     )
     assert lenient == (pytest.approx(0.05, rel=1e-3), 0)
     assert strict == (pytest.approx(0.025, rel=1e-3), 1)
 
 
-@pytest.mark.parametrize("solver", [hd.coupled(max_rise=None), hd.diagonal()])
-def test_without_a_guard_nothing_is_cut(solver):
-    _, rate, cuts, _ = _first_walled_step(steep=1e4, solver=solver)
+@pytest.mark.parametrize("rule", [{"max_rise": INF}, {"solver": hd.diagonal()}])
+def test_without_a_guard_nothing_is_cut(rule):
+    _, rate, cuts, _ = _first_walled_step(steep=1e4, **rule)
     assert rate == pytest.approx(0.2, rel=1e-3)
     assert cuts == 0
+
+
+def test_the_diagonal_solver_can_be_guarded_too():
+    _, rate, cuts, _ = _first_walled_step(steep=1e4, solver=hd.diagonal(), max_rise=0.2)
+    assert rate == pytest.approx(0.2 / 10, rel=1e-3)
+    assert cuts == 1
 
 
 def test_cuts_are_counted():
@@ -452,7 +457,7 @@ _DOWN = {"x": jnp.array(-1.0), "y": jnp.array(-1.0)}
 @functools.cache
 def _bowl_rule(max_rise=0.2):
     """The jitted update, and the states before and after one clean refresh."""
-    tx = coupled_hidlr(_bowl, {"x": "x", "y": "y"}, solver=hd.coupled(max_rise=max_rise))
+    tx = coupled_hidlr(_bowl, {"x": "x", "y": "y"}, max_rise=max_rise)
     update = jax.jit(tx.update)
     state = tx.init(_AT)
     _, after = update(_DOWN, state, _AT, **_known())
@@ -500,7 +505,7 @@ def test_updates_that_are_not_finite_are_no_reason_to_cut(poison):
     _assert_nothing_was_learned(first, before)
     # Later, the refresh looks back along a direction that was finite, and goes on as without guard.
     _, second = update(bad, after, _AT, **_known())
-    unguarded, *_ = _bowl_rule(max_rise=None)
+    unguarded, *_ = _bowl_rule(max_rise=INF)
     _, expected = unguarded(bad, after, _AT, **_known())
     assert set(map(int, second.kept.values())) == {Kept.UPDATED}
     assert int(second.cuts) == 0
@@ -651,9 +656,8 @@ def test_the_box_minimum_of_a_thousand_groups_is_that_of_scipy(condition):
             "init_learning_rate=None is found during warm-up, but warmup is 0",
         ),
         (lambda: hd.paper_hidlr(None, "all", init_learning_rate=None), "warmup is 0"),
-        (lambda: hd.coupled(max_rise=-1), "max_rise must be finite and >= 0, or None, got -1"),
-        (lambda: hd.coupled(max_rise=INF), "max_rise must be finite and >= 0, or None, got inf"),
-        (lambda: hd.coupled(max_rise=NAN), "max_rise must be finite and >= 0, or None, got nan"),
+        (lambda: coupled_ulr(None, max_rise=-1), "max_rise must be >= 0, got -1"),
+        (lambda: coupled_ulr(None, max_rise=NAN), "max_rise must be >= 0, got nan"),
     ],
 )
 def test_arguments_out_of_range_are_refused(make, message):

@@ -224,7 +224,7 @@ def test_suggest_refuses_bad_input(change, message):
 
 # Metrics.
 
-FIELDS = ("learning_rate", "slope", "curvature", "influence", "kept")
+FIELDS = ("learning_rate", "slope", "curvature", "ppi", "influence", "kept")
 KEYS = {f"{field}/{label}" for field in FIELDS for label in ("bias", "weight")} | {
     "refreshes",
     "cuts",
@@ -235,8 +235,8 @@ KEYS = {f"{field}/{label}" for field in FIELDS for label in ("bias", "weight")} 
 
 
 def hidlr(**kwargs):
-    defaults = {"init_learning_rate": 0.1, "solver": hd.diagonal(averaging=0.0, max_change=None)}
-    return bare(bowl, LABELS, **(defaults | kwargs))
+    exact = {"solver": hd.diagonal(max_change=None), "ema_decay": 0.0}
+    return bare(bowl, LABELS, **{"init_learning_rate": 0.1} | exact | kwargs)
 
 
 WRAPPERS = {
@@ -262,7 +262,7 @@ def test_metrics_finds_the_state_at_any_depth(wrapper):
     found = hd.metrics(WRAPPERS[wrapper]().init(bowl_params()))
     assert set(found) == KEYS
     assert float(found["learning_rate/bias"]) == pytest.approx(0.1)
-    assert int(found["refreshes"]) == int(found["cuts"]) == float(found["influence/bias"]) == 0
+    assert int(found["refreshes"]) == int(found["cuts"]) == float(found["ppi/bias"]) == 0
 
 
 def test_metrics_finds_the_state_in_containers_of_any_kind():
@@ -277,8 +277,10 @@ def test_metrics_are_flat_scalars_with_the_numbers_of_the_state():
     assert all(isinstance(value, jax.Array) and value.shape == () for value in found.values())
     assert float(found["slope/weight"]) == pytest.approx(14, rel=1e-4)
     assert float(found["curvature/bias"]) == pytest.approx(100 * 50.0**2, rel=1e-4)
-    assert float(found["influence/weight"]) == pytest.approx(14 / 3, rel=1e-3)
-    assert float(found["influence/bias"]) == pytest.approx(25, rel=1e-3)
+    assert float(found["ppi/weight"]) == pytest.approx(14 / 3, rel=1e-3)
+    assert float(found["ppi/bias"]) == pytest.approx(25, rel=1e-3)
+    for label in ("bias", "weight"):  # the key of before
+        assert found[f"influence/{label}"] == found[f"ppi/{label}"]
     assert (int(found["kept/bias"]), int(found["kept/weight"])) == (0, 0)
     assert int(found["refreshes"]) == 1
 
@@ -298,7 +300,7 @@ def test_metrics_inside_jit_is_metrics_outside():
 
 
 def test_metrics_says_why_a_rate_was_kept():
-    tx, params = hidlr(solver=hd.diagonal()), bowl_params()
+    tx, params = hidlr(solver=hd.diagonal(), ema_decay=0.9), bowl_params()
     direction = descent(bowl, params) | {"y": jnp.asarray(0.0)}
     _, state = jax.jit(tx.update)(direction, tx.init(params), params)
     found = hd.metrics(state)
