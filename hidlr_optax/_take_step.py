@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -15,6 +16,12 @@ def as_value_fn(loss_fn: Callable[..., Any], has_aux: bool, *args: Any, **kwargs
         return out[0] if has_aux else out
 
     return value_fn
+
+
+def downhill(grad: Any, edit: Callable[[Any], Any] | None) -> Any:
+    """What the optimizer gets: edited, and of complex parameters conjugated, as Optax has it."""
+    grad = jax.tree.map(jnp.conj, grad)
+    return grad if edit is None else edit(grad)
 
 
 def take_step(
@@ -45,7 +52,7 @@ def take_step(
         results: an own gradient, accumulated over mini-batches or averaged over devices. The loss
         and the raw gradient of `loss_fn` for these arguments.
       edit: gradient -> gradient, before the optimizer gets it, such as a clip; slopes are taken
-        from the raw one.
+        from the raw one. Gradients of complex parameters are conjugated before.
       **kwargs: handed to `loss_fn`.
 
     Returns:
@@ -65,7 +72,7 @@ def take_step(
     take = value_and_grad or jax.value_and_grad(loss_fn, has_aux=has_aux)
     out, grad = take(params, *args, **kwargs)
     updates, state = optax.with_extra_args_support(tx).update(
-        grad if edit is None else edit(grad),
+        downhill(grad, edit),
         state,
         params,
         value=out[0] if has_aux else out,

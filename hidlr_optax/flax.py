@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
 from hidlr_optax._partition import trainable_labels
 from hidlr_optax._paths import leaf_paths, listing
 from hidlr_optax._plan import Plan
-from hidlr_optax._take_step import as_value_fn
+from hidlr_optax._take_step import as_value_fn, downhill
 
 _STATEFUL = nnx.Module, nnx.Rngs, nnx.RngStream
 
@@ -113,7 +113,7 @@ class TrainState(train_state.TrainState):
         take = value_and_grad or jax.value_and_grad(loss_fn, has_aux=has_aux)
         out, grad = take(self.params, *args, **kwargs)
         stepped = self.apply_gradients(
-            grads=grad if edit is None else edit(grad),
+            grads=downhill(grad, edit),
             grad=grad,
             value=out[0] if has_aux else out,
             value_fn=as_value_fn(loss_fn, has_aux, *args, **kwargs),
@@ -168,7 +168,7 @@ def take_step(
         loss_fn, argnums=nnx.DiffState(0, wrt), has_aux=has_aux
     )
     out, grad = take(model, *args, **kwargs)
-    edited = grad if edit is None else edit(grad)
+    edited = downhill(grad, edit)
     value = out[0] if has_aux else out
     optimizer.update(model, edited, value_fn=value_fn, value=value, grad=grad)
     return out

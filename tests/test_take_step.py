@@ -148,6 +148,37 @@ def test_a_chain_without_hidlr_takes_the_same_call():
     assert not np.array_equal(params["head"], _params()["head"])
 
 
+@pytest.mark.parametrize("linen", [False, True])
+def test_complex_parameters_need_no_thought(linen):
+    rng = np.random.default_rng(0)
+    parts = rng.normal(size=(2, 64, 9)).astype(np.float32)
+    data = jnp.asarray(parts[0] + 1j * parts[1])
+
+    def loss(params, data):
+        return jnp.mean(jnp.abs(data[:, :8] @ params["z"] - data[:, 8]) ** 2)
+
+    params = {"z": jnp.zeros(8, jnp.complex64)}
+    tx = optax.chain(promoting("standard", optax.adam(1.0)), hd.hiulr(None))
+    if linen:
+        start = hdf.TrainState.create(apply_fn=None, params=params, tx=tx)
+        step = jax.jit(lambda state: state.take_step(loss, data))
+    else:
+        start = params, tx.init(params)
+
+        @jax.jit
+        def step(carry):
+            *carry, loss_here = hd.take_step(tx, loss, *carry, data)
+            return carry, loss_here
+
+    state, losses = start, []
+    for _ in range(150):
+        state, value = step(state)
+        losses.append(float(value))
+    best = np.linalg.lstsq(data[:, :8], data[:, 8])[1][0] / 64
+    assert losses[-1] < best + 0.05 * (losses[0] - best)
+    _assert_nothing_amiss(state.opt_state if linen else state[1])
+
+
 # linen
 
 
