@@ -28,7 +28,7 @@ def warn_of_low_peak(schedule: optax.Schedule | None) -> None:
             peak = float(jnp.max(jnp.abs(jax.vmap(schedule)(jnp.asarray(steps)))))
     except Exception:  # a schedule of the user's own, that a warning must not break
         return
-    if peak < _LOW_PEAK:
+    if 0 < peak < _LOW_PEAK:  # of zero, it is a switch
         warnings.warn(
             f"schedule never exceeds {peak:.3g}, but it is a factor of the rates, 1 at its peak: "
             "hidlr finds the rates themselves. In place of "

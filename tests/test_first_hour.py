@@ -237,6 +237,7 @@ def _of_ones_own(step):
         optax.piecewise_constant_schedule(1.0, {10: 0.1}),
         lambda step: 1.0,
         lambda step: 0.3,
+        lambda step: 0.0,
         _of_ones_own,
     ],
 )
