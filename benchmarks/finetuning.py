@@ -219,10 +219,10 @@ def finalists(rows: list[Row], case: str, seed: int) -> list[Setting]:
 def tune(bench: Bench, cases: list[str]) -> None:
     """All of AdamW, first seed 0 of every case."""
     job = tuner(bench)
-    for case in tqdm(cases, "tuned, seed 0"):
+    for case in tqdm(cases, "tuned, seed 0", disable=None):
         explore(bench, job, case)
     for seed in range(1, bench.seeds):
-        for case in tqdm(cases, f"tuned, seed {seed}"):
+        for case in tqdm(cases, f"tuned, seed {seed}", disable=None):
             for setting in finalists(bench.store.rows(), case, seed):
                 bench.store.result(job(case, *setting), seed)
 

@@ -467,7 +467,7 @@ def main() -> None:
     args = parser.parse_args()
     lines = ["| case | run | usual optimizer | untrained | " + " | ".join(COLUMNS) + " |"]
     lines.append("|---" * (4 + len(COLUMNS)) + "|")
-    with tqdm(total=len(args.cases) * len(COLUMNS)) as progress:
+    with tqdm(total=len(args.cases) * len(COLUMNS), disable=None) as progress:
         for name in args.cases:
             lines += rows(name, args.seeds, progress)
             if args.out is not None:

@@ -53,7 +53,7 @@ def pretrain(config: gpt.Config, rows: np.ndarray, steps: int, path: Path) -> di
         return optax.apply_updates(params, updates), state, value
 
     rng = np.random.default_rng(0)
-    bar = tqdm(range(steps), "pretraining")
+    bar = tqdm(range(steps), "pretraining", disable=None)
     for _ in bar:
         params, state, value = step(params, state, rows[rng.integers(0, len(rows), 16)])
         bar.set_postfix(loss=f"{float(value):.2f}", refresh=False)

@@ -90,7 +90,10 @@ def features(images: np.ndarray) -> np.ndarray:
     model = vit.load_dinov2(rngs=nnx.Rngs(0))
     encode = nnx.jit(lambda model, batch: model(batch)[:, 0])
     parts = np.array_split(images, range(50, len(images), 50))
-    found = [np.asarray(encode(model, vit.normalise(part))) for part in tqdm(parts, "features")]
+    found = [
+        np.asarray(encode(model, vit.normalise(part)))
+        for part in tqdm(parts, "features", disable=None)
+    ]
     np.save(cached, np.concatenate(found))
     return np.load(cached)
 

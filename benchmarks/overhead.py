@@ -185,7 +185,10 @@ def main() -> None:
     params = init_params(jax.random.key(0))
     groups, repeats = ((3,), 1) if args.quick else (GROUPS, args.repeats)
     configs = itertools.starmap(Config, itertools.product(groups, INTERVALS, DESIGNS, BATCH_SIZES))
-    rows = [measure(config, params, batch, repeats, args.steps) for config in tqdm(list(configs))]
+    rows = [
+        measure(config, params, batch, repeats, args.steps)
+        for config in tqdm(list(configs), disable=None)
+    ]
     print(table(rows))
     costs = {k: default_cost(k, params, batch) for k in GROUPS}
     for k, cost in costs.items():

@@ -92,7 +92,7 @@ def measure(task: Task, seed: int, steps: int, whole: int) -> dict[str, Any]:
         )
 
     history, gradients = [], []
-    for n in tqdm(range(steps), f"all groups, seed {seed}"):
+    for n in tqdm(range(steps), f"all groups, seed {seed}", disable=None):
         batch = task.batch(seed, n)
         params, state, running, row, squares = step(params, state, running, batch)
         history.append(row)
@@ -147,7 +147,8 @@ def make_trainer(task: Task, plan: hd.Plan, steps: int) -> Callable[[int], dict[
     def run(seed: int) -> dict[str, Any]:
         trainable, frozen = hd.peft.split(pretrained(task, seed)[1], LABELS, plan)
         state, losses, seconds = tx.init(trainable), [], []
-        for n in tqdm(range(steps), f"{'+'.join(sorted(plan.trainable))}, seed {seed}"):
+        title = f"{'+'.join(sorted(plan.trainable))}, seed {seed}"
+        for n in tqdm(range(steps), title, disable=None):
             start = time.perf_counter()
             trainable, state, value = step(trainable, frozen, state, task.batch(seed, n))
             losses.append(float(value))

@@ -84,7 +84,7 @@ class Store(NamedTuple):
         """Runs what is missing and appends it."""
         seeds = list(seeds)
         done = set(map(self._identity, self.rows()))
-        for job in tqdm(list(jobs), desc=title):
+        for job in tqdm(list(jobs), title, disable=None):
             for seed in seeds:
                 key = job.key | {"seed": seed}
                 if self._identity(key) not in done:

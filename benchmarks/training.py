@@ -169,7 +169,8 @@ def train(
     checkpoints = Checkpoints(args.out / "checkpoints" / slug, task.wrt)
     begin = checkpoints.restore(model, optimizer)
     run, rows = {"method": method.name, "seed": seed}, []
-    bar = tqdm(range(begin, args.steps), f"{method.name}, seed {seed}", args.steps, initial=begin)
+    title = f"{method.name}, seed {seed}"
+    bar = tqdm(range(begin, args.steps), title, args.steps, initial=begin, disable=None)
     for n in bar:
         start = time.perf_counter()
         row = step(model, optimizer, task.batch(seed, n), dict(method.rates(n)))

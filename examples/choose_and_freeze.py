@@ -68,8 +68,7 @@ def main(steps=300):
     trainable, state, _, losses = train(trainable, frozen, chosen, steps)
     logits = predict(hd.peft.merge(trainable, frozen), x_test)
     print(f"test accuracy: {np.mean(logits.argmax(1) == y_test):.1%}")
-    for name, rate in optax.tree.get(state, "group_learning_rates").items():
-        print(f"learning rate of {name}: {rate:.2g}")
+    print(hd.explain(state))
     return losses
 
 

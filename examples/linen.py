@@ -38,8 +38,7 @@ def train_step(state, batch, key):
         logits = state.apply_fn({"params": params}, x, train=True, rngs={"dropout": key})
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
-    loss, grads = jax.value_and_grad(loss_of)(state.params)
-    return state.apply_gradients(grads=grads, value=loss, value_fn=loss_of), loss
+    return state.take_step(loss_of)
 
 
 def main(steps=400):
@@ -61,8 +60,7 @@ def main(steps=400):
 
     logits = state.apply_fn({"params": state.params}, x_test, train=False)
     print(f"test accuracy: {np.mean(np.argmax(logits, 1) == y_test):.1%}")
-    for name, rate in optax.tree.get(state.opt_state, "group_learning_rates").items():
-        print(f"learning rate of {name}: {rate:.2g} at the peak of the schedule")
+    print(hd.explain(state.opt_state))
     return losses
 
 

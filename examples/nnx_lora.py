@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import hidlr_optax as hd
-from hidlr_optax.flax import label_by_filter, value_fn_for
+from hidlr_optax.flax import label_by_filter, take_step
 
 
 class MLP(nnx.Module):
@@ -41,10 +41,7 @@ def fit(model, wrt, labels, x, y, steps):
 
     @nnx.jit
     def step(model, optimizer, batch):
-        value_fn = value_fn_for(model, loss_fn, batch, wrt=wrt)  # before the gradient
-        loss, grads = nnx.value_and_grad(loss_fn, argnums=nnx.DiffState(0, wrt))(model, batch)
-        optimizer.update(model, grads, value_fn=value_fn, value=loss, grad=grads)
-        return loss
+        return take_step(model, optimizer, loss_fn, batch)
 
     rows = np.random.default_rng(0).integers(0, len(y), (steps, 64))
     return optimizer, [float(step(model, optimizer, (x[chosen], y[chosen]))) for chosen in rows]
@@ -68,8 +65,7 @@ def main(steps=300):
     labels = label_by_filter(model, rules, default="head", wrt=wrt)
     optimizer, losses = fit(model, wrt, labels, x, y, steps)
     print(f"mirrored, after LoRA: {np.mean(model(x_test).argmax(1) == y_test):.1%}")
-    for name, rate in optax.tree.get(optimizer.opt_state, "group_learning_rates").items():
-        print(f"learning rate of {name}: {rate[...]:.2g} at the peak of the schedule")
+    print(hd.explain(optimizer.opt_state))
     return losses
 
 

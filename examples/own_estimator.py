@@ -69,8 +69,8 @@ def main(steps: int = 400) -> float:
     state, loss = tx.init(params), jnp.inf
     for n in range(steps):
         params, state, loss = step(params, state, (x[n % 8 :: 8], y[n % 8 :: 8]))
-    rates = {name: f"{rate:.2g}" for name, rate in hd.metrics(state).items() if "rate" in name}
-    print(f"loss {loss:.3g} after {steps} steps, {rates}")
+    print(f"loss {loss:.3g} after {steps} steps")
+    print(hd.explain(state))
     return float(loss)
 
 

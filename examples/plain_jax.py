@@ -65,8 +65,7 @@ def main(steps=400):
 
     accuracy = np.mean(predict(params, x_test).argmax(1) == y_test)
     print(f"test accuracy: {accuracy:.1%}")
-    for name, rate in optax.tree.get(state, "group_learning_rates").items():
-        print(f"learning rate of {name}: {rate:.2g} at the peak of the schedule")
+    print(hd.explain(state))
     return losses
 
 

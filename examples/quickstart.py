@@ -65,6 +65,7 @@ class Run(NamedTuple):
     train_loss: float
     test_accuracy: float
     seconds: float
+    words: str
 
 
 def load_mnist() -> Data:
@@ -133,16 +134,17 @@ def train(tx: Any, data: Data, steps: int, seed: int, name: str) -> tuple[Run, R
     state, average = tx.init(params), hd.averaging.start(params)
     history, start = [], time.perf_counter()
     stream = batches(data.train, 100, steps, seed)
-    for batch in tqdm(stream, desc=f"{name}, seed {seed}", total=steps):
+    for batch in tqdm(stream, f"{name}, seed {seed}", steps, disable=None):
         params, state, average, row = train_step(graph, tx, params, state, average, batch)
         history.append(row)
     history = jax.tree.map(float, jax.device_get(history))
     seconds = time.perf_counter() - start
+    words = hd.explain(state) if name.startswith("hidlr") else ""
 
     def run(params: Any) -> Run:
         train_loss, _ = evaluate(graph, params, *data.train)
         _, accuracy = evaluate(graph, params, *data.test)
-        return Run(history, float(train_loss), float(accuracy), seconds)
+        return Run(history, float(train_loss), float(accuracy), seconds, words)
 
     return run(params), run(average.params)
 
@@ -295,7 +297,8 @@ def main() -> None:
         runs[name] = [last for last, _ in both]
         if name == "hidlr":
             runs[AVERAGED] = [averaged for _, averaged in both]
-    print(table(runs), final_rates(runs), sep="\n\n")
+    print(table(runs), final_rates(runs), "hidlr, seed 0, in words:", sep="\n\n")
+    print(runs["hidlr"][0].words)
     draw(runs, args.out)
     print(f"figure: {args.out}")
 

@@ -2,12 +2,14 @@
 
 from hidlr_optax import averaging, curvature, influence, peft, solvers
 from hidlr_optax._aliases import hiulr, multi_steps, paper_hidlr
+from hidlr_optax._explain import explain
 from hidlr_optax._hold import hold
 from hidlr_optax._influence_report import Influence
 from hidlr_optax._plan import Plan
 from hidlr_optax._quadratic import Kept, Quadratic
 from hidlr_optax._state import HiDLRState
 from hidlr_optax._suggest import Suggestion, suggest
+from hidlr_optax._take_step import take_step
 from hidlr_optax._transform import hidlr
 from hidlr_optax.curvature import gauss_newton, hessian, parabola, probes, secant
 from hidlr_optax.influence import metrics
@@ -27,6 +29,7 @@ __all__ = [
     "coupled",
     "curvature",
     "diagonal",
+    "explain",
     "gauss_newton",
     "hessian",
     "hidlr",
@@ -45,4 +48,5 @@ __all__ = [
     "secant",
     "solvers",
     "suggest",
+    "take_step",
 ]

@@ -5,11 +5,13 @@ from typing import Any
 
 import optax
 
+from hidlr_optax._advice import unjitted_watch
 from hidlr_optax._arguments import LossFn, Slope
 from hidlr_optax._hold import Hold, hold
 from hidlr_optax._measurement import Estimator
 from hidlr_optax._transform import hidlr
 from hidlr_optax.curvature import probes
+from hidlr_optax.influence import find_state
 from hidlr_optax.solvers import Solver, diagonal
 
 
@@ -156,18 +158,34 @@ def multi_steps(
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is an `optax.MultiStepsState`.
 
+    Raises:
+      ValueError: from `init`, the chain holds no `hidlr`, or several.
+
     Example:
       >>> import optax, hidlr_optax as hd
       >>> tx = hd.multi_steps(optax.chain(optax.sgd(1.0), hd.hiulr(None)), every_k_schedule=4)
     """
+    watch = unjitted_watch()  # inside of MultiSteps, arrays are never concrete
     outer = optax.MultiSteps(opt, every_k_schedule, **multi_steps_kwargs)
+
+    def init_fn(params: Any) -> optax.MultiStepsState:
+        state = outer.init(params)
+        try:
+            find_state(state)
+        except ValueError as error:
+            raise ValueError(
+                "multi_steps is for a chain with one hidlr, and this one holds no hidlr, or "
+                "several; optax.MultiSteps is for all others"
+            ) from error
+        return state
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, optax.MultiStepsState]:
+        watch((updates, params, state.mini_step))
         every_k = every_k_schedule
         k = every_k(state.gradient_step) if callable(every_k) else every_k
         is_last = state.mini_step == k - 1
         return outer.update(updates, state, params, refresh=is_last, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(outer.init, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

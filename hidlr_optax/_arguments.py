@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from hidlr_optax._advice import model_hint, whole_numbers
 from hidlr_optax._groups import OUTSIDE, wide
 from hidlr_optax._hold import Hold
 from hidlr_optax._measurement import Estimator, fits_slope
@@ -157,7 +158,9 @@ def check_gradient(
     elif source.needs_gradient:
         raise ValueError(
             f"slope={source.name!r} needs the raw gradient of the loss: pass grad=... to update, "
-            "before any clipping or preconditioning (with linen, hidlr_optax.flax.TrainState does)"
+            "before any clipping or preconditioning (in linen, hidlr_optax.flax.TrainState does). "
+            "If it was passed: a wrapper around the chain (optax.lookahead is one) drops keywords, "
+            "and hidlr cannot work inside of it"
         )
     elif not fits_slope(estimator):
         raise ValueError(
@@ -166,16 +169,40 @@ def check_gradient(
         )
 
 
-def check_scalar(step_loss: StepLoss, no_batch: bool) -> None:
-    """Traces the loss once, so that what is wrong with it is said here and not inside a vmap."""
+def fitting(step_loss: StepLoss) -> StepLoss:
+    """The loss with parameters in float32 or wider; in their own types where that fails.
+
+    A scan over layers carries its first type, a convolution wants one type: with bfloat16
+    parameters, not every loss takes wider ones.
+    """
+    dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(step_loss.params)]
+    if all(wide(dtype) == dtype for dtype in dtypes):
+        return step_loss
+    for candidate in (step_loss, step_loss.narrow()):
+        try:
+            jax.eval_shape(candidate.start)
+        except Exception:  # whatever the loss raises: `check_scalar` says it
+            continue
+        return candidate
+    return step_loss
+
+
+def check_scalar(step_loss: StepLoss, no_batch: bool) -> bool:
+    """Traces the loss once, so that what is wrong with it is said here and not inside a vmap.
+
+    Returns whether JAX can differentiate it in forward mode, as far as its jaxpr tells.
+    """
     try:
-        out = jax.eval_shape(step_loss.start)
+        jaxpr, out = jax.make_jaxpr(step_loss.start, return_shape=True)()
     except Exception as error:
         if no_batch:
             raise ValueError(
                 "loss_fn(params, None) failed, and update was called without a batch: pass "
                 "batch=..., or value_fn=..."
             ) from error
+        hint = model_hint(step_loss.params)
+        if hint is not None and isinstance(error, TypeError | AttributeError):
+            raise ValueError(f"the loss failed while hidlr traced it: {error}. {hint}") from error
         error.add_note(
             "hidlr was tracing the loss it is to probe, loss_fn(params, batch) or "
             "value_fn(params), with parameters in float32 or wider. Parameters that peft.split has "
@@ -186,8 +213,21 @@ def check_scalar(step_loss: StepLoss, no_batch: bool) -> None:
     if getattr(out, "shape", None) != () or not jnp.issubdtype(out.dtype, jnp.floating):
         raise ValueError(
             f"the loss must return a real scalar and nothing beside it, got {out}; take the mean "
-            "over examples and leave auxiliary outputs out"
+            "over examples and leave auxiliary outputs out" + whole_numbers(step_loss.params)
         )
+    return not _has_own_backward_pass(jaxpr.jaxpr)
+
+
+def _has_own_backward_pass(jaxpr: Any) -> bool:
+    """Whether there is a `jax.custom_vjp` in it, which says so at lowering alone."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name.startswith("custom_vjp"):
+            return True
+        for part in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(part, "jaxpr", part)  # of a ClosedJaxpr
+            if hasattr(inner, "eqns") and _has_own_backward_pass(inner):
+                return True
+    return False
 
 
 def usable_value(value: Any, params: Any) -> jax.Array | None:

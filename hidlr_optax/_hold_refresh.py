@@ -5,12 +5,14 @@ one forward pass where it began; the loss and slope where it ended are known.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from hidlr_optax._checks import refresh_if
 from hidlr_optax._groups import Groups, wide
 from hidlr_optax._hold import (
     TRIES,
@@ -34,7 +36,7 @@ from hidlr_optax._hold import (
 )
 from hidlr_optax._measurement import RESOLUTION, Estimator, measure
 from hidlr_optax._quadratic import Kept, Quadratic, influence_per_parameter
-from hidlr_optax._state import Clock, Packed, initial_rates, refresh_if
+from hidlr_optax._state import Clock, Packed, initial_rates
 from hidlr_optax._step_loss import Evidence, SlopeSource, StepLoss
 
 _TINY = 1e-30
@@ -113,33 +115,32 @@ class HoldRule:
         same = _slope(evidence, evidence.coming)
         progress = forget_losses(state.progress, state.count == clock.warmup)
         progress = progress._replace(peak=jnp.maximum(progress.peak, jnp.abs(clock.factor)))
+        state = waiting = state._replace(progress=progress)
         alarm = jnp.zeros((), bool)
         if same is not None:
             rates = state.group_learning_rates * jnp.abs(clock.factor)
             alarm |= leaps(progress, rates @ same, joint(rates))
         if evidence.value is not None:
-            loss = evidence.value.astype(jnp.float32)
-            alarm |= alarmed(progress, loss)
-            progress = watch(progress, loss)
+            loss, trusted = evidence.value.astype(jnp.float32), state.value_mismatches == 0
+            alarm |= alarmed(progress, loss) & trusted
+            watched = watch(progress, loss)
+            watched = jax.tree.map(partial(jnp.where, trusted), watched, progress)
+            waiting = state._replace(progress=watched)
         alarm &= clock.allowed
-        state = state._replace(progress=progress)
-        looks_ahead = clock.finding | alarm
 
-        def refreshed() -> Packed:
-            return self._refresh(state, evidence, clock, same, looks_ahead)
+        def refresh(state: Packed, evidence: Evidence) -> Packed:
+            return self._refresh(state, evidence, clock, clock.finding | alarm)
 
-        return refresh_if(clock.due | alarm, refreshed, state, clock), clock.factor
+        due = clock.due | alarm
+        return refresh_if(due, refresh, state, waiting, evidence, clock), clock.factor
 
     def _refresh(
-        self,
-        state: Packed,
-        evidence: Evidence,
-        clock: Clock,
-        same: jax.Array | None,
-        looks_ahead: jax.Array,
+        self, state: Packed, evidence: Evidence, clock: Clock, looks_ahead: jax.Array
     ) -> Packed:
-        """Begin, measure, average, move, guard, split: the state after one refresh."""
-        state, evidence = _valued(state, evidence)
+        """Watch, begin, measure, average, move, guard, split: the state after one refresh."""
+        evidence = evidence.valued()
+        progress = watch(state.progress, evidence.value.astype(jnp.float32))
+        state, same = state._replace(progress=progress), _slope(evidence, evidence.coming)
         rates = self._begun(state, evidence, clock, same)
         measured = self._measure(state, evidence, clock, rates, same)
         state, usable = _averaged(state, evidence, clock, measured)
@@ -277,15 +278,6 @@ class HoldRule:
             self.solver.max_split,
         )
         return jnp.where(may_split, apart, rates)
-
-
-def _valued(state: Packed, evidence: Evidence) -> tuple[Packed, Evidence]:
-    """The loss at the parameters evaluated, and watched, where it was not given."""
-    if evidence.value is not None:
-        return state, evidence
-    evidence = evidence.valued()
-    progress = watch(state.progress, evidence.value.astype(jnp.float32))
-    return state._replace(progress=progress), evidence
 
 
 def _last_step(state: Packed, evidence: Evidence) -> Step:

@@ -164,6 +164,8 @@ def evaluate(fn: Callable[[jax.Array], Any], offsets: jax.Array, batch_size: int
     """`fn` of each row of `offsets`, stacked: all at once, or `batch_size` at a time."""
     if batch_size is None:
         return jax.vmap(fn)(offsets)
+    if batch_size == 1:  # no vmap of one: callbacks and some kernels have no batching rule
+        return jax.lax.map(fn, offsets)
     return jax.lax.map(fn, offsets, batch_size=batch_size)
 
 

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hidlr_optax._checks import refresh_if
 from hidlr_optax._groups import wide
 from hidlr_optax._measurement import Estimator, Measurement, measure
 from hidlr_optax._quadratic import Kept, Quadratic, average, influence_per_parameter
-from hidlr_optax._state import Clock, Packed, refresh_if
+from hidlr_optax._state import Clock, Packed
 from hidlr_optax._step_loss import Evidence, SlopeSource, StepLoss
 from hidlr_optax.solvers import Diagonal, Solver
 
@@ -74,7 +75,11 @@ class OneStepRule:
 
     def update(self, state: Packed, evidence: Evidence, clock: Clock) -> tuple[Packed, jax.Array]:
         """The state after an update, and the factor of schedule and warm-up."""
-        new = refresh_if(clock.due, lambda: self._refresh(state, evidence, clock), state, clock)
+
+        def refresh(state: Packed, evidence: Evidence) -> Packed:
+            return self._refresh(state, evidence, clock)
+
+        new = refresh_if(clock.due, refresh, state, state, evidence, clock)
         ramp = (new.count + 1) / jnp.maximum(clock.warmup, 1)
         return new, clock.factor * jnp.minimum(ramp, 1.0).astype(jnp.float32)
 

@@ -34,7 +34,7 @@ class Plan:
       budget: the number of parameters that it was not to exceed.
       influence: what was measured.
       sizes: number of parameters of each group; None: those of `influence`.
-      steps: how many steps the measuring run took.
+      steps: how many steps the measuring run took; 0 where scores came from elsewhere.
       rules: how the groups were labelled, so that `label` can do it again: (regular expression,
         label) pairs for `label_by_path`, or "role" for `label_by_role`.
       default: the label of what no rule covers, as in `label_by_path`.
@@ -187,7 +187,7 @@ class Plan:
         return Plan(**read(text))
 
     def _reason(self) -> str:
-        reasons = {"ψ": self.psi, "budget": self.budget, "steps": self.steps}
+        reasons = {"ψ": self.psi, "budget": self.budget, "steps": self.steps or None}
         named = [
             f"{name} = {number:.12g}" for name, number in reasons.items() if number is not None
         ]

@@ -6,6 +6,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from hidlr_optax._groups import Groups
 
@@ -21,6 +22,12 @@ class HiDLRState(NamedTuple, Generic[PerGroup]):
       count: () int32, updates so far.
       refreshes: () int32, refreshes so far, those that kept the rates included.
       cuts: () int32, how often the guard has cut the rates that a refresh had found.
+      ascents: () int32, refreshes at which no group's step went downhill on the batch that made it.
+      value_mismatches: () int32, refreshes at which `value` was not the loss at the parameters; the
+        first three compare them. Once it is not zero, the loss is evaluated at every refresh.
+      gradient_mismatches: () int32, likewise for `grad` and the slope of the loss along the step.
+      gradient_factor: () float32, what slopes by `grad` are multiplied by, so that they are those
+        of the loss: 1 unless the first refreshes found another.
       schedule_factor: () float32, the factor of warm-up and schedule at the last update.
       group_learning_rates: η, () float32 each, without the schedule's factor.
       slope: b, () float32 each, loss per unit learning rate, averaged over refreshes.
@@ -34,6 +41,7 @@ class HiDLRState(NamedTuple, Generic[PerGroup]):
       coupling: the curvature between groups, (K, K) float32 in the order of the sorted labels, zero
         on its diagonal, averaged; None where the estimator does not measure it.
       measurements: () int32 each, how many refreshes the averages hold.
+      highest_learning_rates: () float32 each, the highest that η has been after a refresh.
       kept: () int32 each, a `Kept`: why the last refresh kept the group's rate, 0 if it did not.
       progress: the averages of the default solver, `hold`; () for other solvers.
       direction: u of the last update, like params, for `slope="lagged"`; () for other slopes.
@@ -42,6 +50,10 @@ class HiDLRState(NamedTuple, Generic[PerGroup]):
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     refreshes: jax.Array
     cuts: jax.Array
+    ascents: jax.Array
+    value_mismatches: jax.Array
+    gradient_mismatches: jax.Array
+    gradient_factor: jax.Array
     schedule_factor: jax.Array
     group_learning_rates: PerGroup
     slope: PerGroup
@@ -51,6 +63,7 @@ class HiDLRState(NamedTuple, Generic[PerGroup]):
     measured_curvature: PerGroup
     coupling: Any
     measurements: PerGroup
+    highest_learning_rates: PerGroup
     kept: PerGroup
     progress: Any
     direction: Any
@@ -67,6 +80,7 @@ _PER_GROUP = (
     "influence",
     "measured_slope",
     "measured_curvature",
+    "highest_learning_rates",
     *_COUNTS,
 )
 
@@ -113,6 +127,10 @@ def initial_state(
         count=jnp.zeros((), jnp.int32),
         refreshes=jnp.zeros((), jnp.int32),
         cuts=jnp.zeros((), jnp.int32),
+        ascents=jnp.zeros((), jnp.int32),
+        value_mismatches=jnp.zeros((), jnp.int32),
+        gradient_mismatches=jnp.zeros((), jnp.int32),
+        gradient_factor=jnp.ones((), jnp.float32),
         schedule_factor=jnp.ones((), jnp.float32),
         **per_group | {"group_learning_rates": initial_rates(init_learning_rate, names)},
         coupling=jnp.zeros((len(names), len(names)), jnp.float32) if couples else None,
@@ -158,18 +176,15 @@ def clock(
     return Clock(warmup, finding, due, allowed, refresh is False, factor)
 
 
-def refresh_if(
-    due: jax.Array, refreshed: Callable[[], Packed], state: Packed, clock: Clock
-) -> Packed:
-    """The refreshed state where one is due.
+def where_due(due: jax.Array, found: Callable[[], Any], kept: Any) -> Any:
+    """What `found` returns where something is due, else what is kept.
 
-    A step that never refreshes has no branch. On a GPU the host waits for what a branch depends on,
-    and begins to launch what follows only then.
+    Outside of jit, where `due` is known, nothing is compiled for the branch that is not taken.
     """
-    if clock.never:
-        return state
+    if not isinstance(due, Tracer):
+        return found() if due else kept
     try:
-        return jax.lax.cond(due, refreshed, lambda: state)
+        return jax.lax.cond(due, found, lambda: kept)
     except TypeError as error:
         error.add_note(
             "If this is inside shard_map: the loss differs from device to device, and each would "

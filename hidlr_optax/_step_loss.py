@@ -58,6 +58,17 @@ class StepLoss:
         """ℓ(0), the loss at the parameters, evaluated as it is along the step."""
         return self(jnp.zeros(len(self), jnp.float32))
 
+    def narrow(self) -> "StepLoss":
+        """The same with parameters in their own types, for losses that wider ones do not fit."""
+
+        def loss(params: Any) -> jax.Array:
+            def cast(leaf: Any, own: Any) -> jax.Array:
+                return jnp.asarray(leaf).astype(jnp.result_type(own))
+
+            return self.loss(jax.tree.map(cast, params, self.params))
+
+        return dataclasses.replace(self, loss=loss)
+
     def slope(self, gradient: Any) -> jax.Array:
         """b_k = −⟨∇L_k, u_k⟩, (K,), from the gradient of the loss at the parameters."""
         return -self.groups.inner(gradient, self.direction)
@@ -102,6 +113,8 @@ class Evidence(NamedTuple):
       value: the loss at the parameters; None where it is not known (yet).
       grad: its gradient, or None.
       batch: of the loss.
+      factor: what slopes by `grad` are multiplied by, 1 for the gradient of the loss.
+      compares_slope: whether the first of these are compared with the loss in forward mode.
     """
 
     coming: StepLoss
@@ -109,6 +122,8 @@ class Evidence(NamedTuple):
     value: Any
     grad: Any
     batch: Any
+    factor: Any = 1.0
+    compares_slope: bool = False
 
     def last(self) -> StepLoss:
         """The loss along the direction of the last step, from where that step has led."""
@@ -121,4 +136,7 @@ class Evidence(NamedTuple):
 
     def slope(self, step_loss: StepLoss) -> jax.Array | None:
         """The slopes along a step at the parameters, (K,); None without a gradient."""
-        return None if self.grad is None else step_loss.slope(self.grad)
+        if self.grad is None:
+            return None
+        slope = step_loss.slope(self.grad)
+        return slope * jnp.asarray(self.factor).astype(slope.dtype)

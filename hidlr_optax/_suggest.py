@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hidlr_optax._arguments import bind_loss, check_arguments, check_like, check_scalar
+from hidlr_optax._arguments import bind_loss, check_arguments, check_like, check_scalar, fitting
 from hidlr_optax._groups import Groups
 from hidlr_optax._measurement import Estimator, Measurement, measure
 from hidlr_optax._quadratic import Kept, Quadratic
@@ -110,7 +110,7 @@ def suggest(
         raise ValueError(f"rounds must be 1 or more, got {rounds}")
     groups = Groups.of(param_labels, params)
     check_like(direction, params, "direction")
-    step_loss = StepLoss(bind_loss(loss_fn, None, batch, {}), params, direction, groups)
+    step_loss = fitting(StepLoss(bind_loss(loss_fn, None, batch, {}), params, direction, groups))
     check_scalar(step_loss, no_batch=batch is None)
     rates = groups.pack(initial_rates(init_learning_rate, groups.names))
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
+from hidlr_optax._advice import unjitted_watch, warn_of_low_peak
 from hidlr_optax._arguments import (
     LossFn,
     Slope,
@@ -18,6 +19,7 @@ from hidlr_optax._arguments import (
     check_like,
     check_scalar,
     check_solver,
+    fitting,
     usable_value,
 )
 from hidlr_optax._groups import Groups
@@ -72,7 +74,11 @@ def hidlr(
     * `refresh`: a bool, False to leave the rates alone at this call. See `multi_steps`. Python's
       own `False`, or a static argument of the jitted step, leaves the refresh out of the program.
 
-    Other keywords are ignored. Jit the training step: un-jitted, every call compiles the probes
+    At the first three refreshes, `value` and `grad` are compared with the loss that is probed;
+    where they belong to another, the measured ones take their place, and `metrics` and `explain`
+    say so.
+
+    Other keywords are ignored. Jit the training step: un-jitted, every refresh compiles the probes
     anew. Under `vmap`, both branches of the refresh are evaluated at every step. Under `pmap` or
     `shard_map`, `pmean` the loss, `value` and `grad`: `shard_map` refuses what differs from device
     to device, but `pmap` and `check_vma=False` let replicas drift apart.
@@ -119,6 +125,9 @@ def hidlr(
         labels or rates do not match the parameters; from `update`, there are no params, no loss, or
         no gradient where one is needed.
 
+    Warns:
+      UserWarning: `schedule` stays far below one, or `update` is called again outside of jit.
+
     Example:
       >>> import jax, jax.numpy as jnp, optax, hidlr_optax as hd
       >>> def loss_fn(params, batch):
@@ -139,6 +148,8 @@ def hidlr(
         loss_fn, init_learning_rate, update_interval, schedule, estimator, slope, warmup
     )
     check_solver(solver, ema_decay, max_rise)
+    warn_of_low_peak(schedule)
+    watch = unjitted_watch()
     source = SLOPE_SOURCES[slope]
     if isinstance(solver, Hold):
         rule = HoldRule(solver, estimator, source, init_learning_rate)
@@ -177,15 +188,24 @@ def hidlr(
         check_like(updates, params, "updates")
         check_gradient(source, estimator, init_learning_rate, grad, params)
         loss = bind_loss(loss_fn, value_fn, batch, extra_args)
-        coming = StepLoss(loss, params, updates, groups)
-        check_scalar(coming, no_batch=batch is None and value_fn is None)
+        coming = fitting(StepLoss(loss, params, updates, groups))
+        has_forward_mode = check_scalar(coming, no_batch=batch is None and value_fn is None)
 
         previous = state.direction if source.looks_back else None
-        evidence = Evidence(coming, previous, usable_value(value, params), grad, batch)
+        evidence = Evidence(
+            coming,
+            previous,
+            usable_value(value, params),
+            grad,
+            batch,
+            factor=state.gradient_factor,
+            compares_slope=source.uses_gradient and has_forward_mode,
+        )
         now = clock(state.count, update_interval, warmup, schedule, refresh)
         # The stored direction stays out of the branches: it is replaced below at every step, and
         # a copy as large as the parameters need not be carried through them.
         new, factor = rule.update(pack(state._replace(direction=()), groups), evidence, now)
+        watch((updates, params, state.count))
         direction = optax.tree.cast(updates, lagged_dtype) if source.looks_back else ()
         new = new._replace(
             count=optax.safe_increment(new.count), schedule_factor=factor, direction=direction

@@ -6,15 +6,24 @@ Needs flax, in the extra `flax`. Import it by name: `import hidlr_optax.flax`.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax.traverse_util
 import jax
 import optax
-from flax import nnx
-from flax.training import train_state
+
+try:
+    import flax.traverse_util
+    from flax import nnx
+    from flax.training import train_state
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "hidlr_optax.flax needs flax: pip install 'hidlr-optax[flax]', or '.[flax]' from a checkout"
+    ) from error
 
 from hidlr_optax._partition import trainable_labels
 from hidlr_optax._paths import leaf_paths, listing
 from hidlr_optax._plan import Plan
+from hidlr_optax._take_step import as_value_fn, downhill
+
+_STATEFUL = nnx.Module, nnx.Rngs, nnx.RngStream
 
 
 class TrainState(train_state.TrainState):
@@ -69,9 +78,109 @@ class TrainState(train_state.TrainState):
             extra = {"batch": batch, "value": value, "value_fn": value_fn, "grad": raw}
             return tx.update(updates, state, params, **extra)
 
+        if grad is None and any(map(jax.numpy.iscomplexobj, jax.tree.leaves(grads))):
+            raise ValueError(
+                "with complex parameters, pass both: grads=, the conjugate of what jax.grad "
+                "returned, for the optimizer to go downhill, and grad=, what it returned"
+            )
         informed = self.replace(tx=optax.GradientTransformation(self.tx.init, update))
         stepped = super(TrainState, informed).apply_gradients(grads=grads, **kwargs)
         return stepped.replace(tx=self.tx)
+
+    def take_step(
+        self,
+        loss_fn: Callable[..., Any],
+        *args: Any,
+        has_aux: bool = False,
+        value_and_grad: Callable[..., Any] | None = None,
+        edit: Callable[[Any], Any] | None = None,
+        **kwargs: Any,
+    ) -> tuple["TrainState", Any]:
+        """One training step, from loss and gradient to the new state: `hidlr_optax.take_step`.
+
+        Args:
+          loss_fn: (params, *args, **kwargs) -> loss, or (loss, auxiliary outputs) with `has_aux`.
+            A closure over a dropout key or batch statistics will do.
+          *args: handed to `loss_fn`.
+          has_aux: as `jax.value_and_grad` has it.
+          value_and_grad: an own gradient, in place of `jax.value_and_grad(loss_fn)`.
+          edit: gradient -> gradient, before the optimizer gets it.
+          **kwargs: handed to `loss_fn`.
+
+        Returns:
+          The new state, and what `loss_fn` returned at the old parameters.
+        """
+        take = value_and_grad or jax.value_and_grad(loss_fn, has_aux=has_aux)
+        out, grad = take(self.params, *args, **kwargs)
+        stepped = self.apply_gradients(
+            grads=downhill(grad, edit),
+            grad=grad,
+            value=out[0] if has_aux else out,
+            value_fn=as_value_fn(loss_fn, has_aux, *args, **kwargs),
+        )
+        return stepped, out
+
+
+def take_step(
+    model: nnx.Module,
+    optimizer: nnx.Optimizer,
+    loss_fn: Callable[..., Any],
+    *args: Any,
+    has_aux: bool = False,
+    value_and_grad: Callable[..., Any] | None = None,
+    edit: Callable[[Any], Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """One training step of an nnx model: `hidlr_optax.take_step`, with what nnx asks for.
+
+    Holds dropout keys and statistics for the probes before the gradient draws and writes them,
+    differentiates by what the optimizer trains, and updates. Put it under `nnx.jit`.
+
+    Args:
+      model: in the mode it is trained in.
+      optimizer: with `hidlr(None, labels)` in its chain.
+      loss_fn: (model, *args, **kwargs) -> loss, or (loss, auxiliary outputs) with `has_aux`.
+      *args: handed to `loss_fn`: the batch, an `nnx.Rngs`.
+      has_aux: as `nnx.value_and_grad` has it.
+      value_and_grad: an own gradient, in place of `nnx.value_and_grad(loss_fn)`, with the same
+        arguments and results.
+      edit: gradient -> gradient, before the optimizer gets it.
+      **kwargs: handed to `loss_fn`.
+
+    Returns:
+      What `loss_fn` returned at the old parameters. The model and the optimizer are new.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, hidlr_optax as hd, hidlr_optax.flax
+      >>> from flax import nnx
+      >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+      >>> tx = optax.chain(optax.sgd(1.0), hd.hiulr(None))
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> def loss_fn(model, batch):
+      ...     return jnp.mean((model(batch) - 1.0) ** 2)
+      >>> step = nnx.jit(lambda *now: hidlr_optax.flax.take_step(*now, loss_fn, jnp.ones((4, 2))))
+      >>> bool(step(model, optimizer) > step(model, optimizer))
+      True
+    """
+    wrt = optimizer.wrt
+    value_fn = value_fn_for(model, loss_fn, *args, wrt=wrt, **kwargs)
+    take = value_and_grad or nnx.value_and_grad(
+        loss_fn, argnums=nnx.DiffState(0, wrt), has_aux=has_aux
+    )
+    out, grad = take(model, *args, **kwargs)
+    edited = downhill(grad, edit)
+    value = out[0] if has_aux else out
+    optimizer.update(model, edited, value_fn=value_fn, value=value, grad=grad)
+    return out
+
+
+def _held(argument: Any) -> Callable[[], Any]:
+    """Makes copies of an argument as it is now; of one without state, it is itself."""
+    if not isinstance(argument, _STATEFUL):
+        return lambda: argument
+    graph, state = nnx.split(argument)
+    leaves, structure = jax.tree.flatten(state)
+    return lambda: nnx.merge(graph, jax.tree.unflatten(structure, leaves))
 
 
 def value_fn_for(
@@ -84,18 +193,19 @@ def value_fn_for(
     """The loss of an nnx model as a function of its parameters alone, for `update(value_fn=…)`.
 
     Everything else in the model is held as it is now: dropout keys and counts, batch statistics,
-    parameters that `wrt` leaves out. So all probes of a refresh see one and the same function, and
-    nothing that they write reaches the model.
+    parameters that `wrt` leaves out; and so are an `nnx.Rngs` and modules among the arguments. So
+    all probes of a refresh see one and the same function, and nothing that they write reaches the
+    model or the arguments.
 
     Call it BEFORE the gradient is taken, which draws a dropout key: if `value` is passed to the
-    update as well, it has to be this function's value at the parameters. Where it is not, nothing
-    tells, and all rates sink. Without `value`, there is one more evaluation, and nothing to heed.
+    update as well, it has to be this function's value at the parameters. Without `value`, there is
+    one more evaluation, and nothing to heed. `take_step` does it all.
 
     Args:
       model: in the mode it is trained in.
       loss_fn: (model, *args, **kwargs) -> scalar, or (scalar, auxiliary outputs), as given to
         `nnx.value_and_grad`.
-      *args: handed to `loss_fn`: the batch.
+      *args: handed to `loss_fn`: the batch, an `nnx.Rngs`.
       wrt: the nnx filter of the parameters, that of `nnx.Optimizer` and of the gradient.
       **kwargs: handed to `loss_fn`.
 
@@ -125,6 +235,10 @@ def value_fn_for(
     # Flattened, and put together inside of whatever traces the probes: so the Variables there are
     # new ones, which may be written to.
     leaves, structure = jax.tree.flatten(rest)
+    arguments, tree = jax.tree.flatten(
+        (args, kwargs), is_leaf=lambda node: isinstance(node, _STATEFUL)
+    )
+    fresh = [_held(node) for node in arguments]
 
     def value_fn(params: Any) -> jax.Array:
         got = [leaf.shape for leaf in jax.tree.leaves(params)]
@@ -133,9 +247,9 @@ def value_fn_for(
                 f"wrt={wrt!r} selects {len(expected)} parameters of the model, but the optimizer "
                 f"hands over {len(got)}, or others: give value_fn_for the wrt of nnx.Optimizer"
             )
-        out = loss_fn(
-            nnx.merge(graph, params, jax.tree.unflatten(structure, leaves)), *args, **kwargs
-        )
+        merged = nnx.merge(graph, params, jax.tree.unflatten(structure, leaves))
+        args, kwargs = jax.tree.unflatten(tree, [make() for make in fresh])
+        out = loss_fn(merged, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     return value_fn

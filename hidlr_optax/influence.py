@@ -29,6 +29,9 @@ __all__ = [
 ]
 
 
+_TOTALS = "refreshes", "cuts", "ascents", "value_mismatches", "gradient_mismatches"
+
+
 def _is_state(node: Any) -> bool:
     return isinstance(node, HiDLRState)
 
@@ -80,7 +83,10 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
       `slope/…` (b, loss per unit learning rate), `curvature/…` (a, loss per unit learning rate
       squared), `ppi/…` (influence per parameter, b²/(a d), loss per parameter; `influence/…` is the
       same under its former name) and `kept/…` (a `Kept`: 0 where the last refresh set a new rate,
-      else the reason why not). Beside them `refreshes`, and `cuts`, how often the guard stepped in.
+      else the reason why not). Beside them `refreshes`; `cuts`, how often the guard stepped in; and
+      what should stay at 0: `value_mismatches` and `gradient_mismatches`, at how many refreshes
+      `value` and `grad` were found not to be those of the probed loss; and `ascents`, at how many
+      no group's step went downhill: a few are noise. `explain` says what to do about them.
 
     Raises:
       ValueError: there is no `HiDLRState` in the state, or more than one.
@@ -103,7 +109,7 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
         "kept": state.kept,
     }
     flat = {f"{field}/{name}": x for field, group in fields.items() for name, x in group.items()}
-    totals = {"refreshes": state.refreshes, "cuts": state.cuts}
+    totals = {name: getattr(state, name) for name in _TOTALS}
     return {key: jnp.copy(_array(x)) for key, x in (flat | totals).items()}
 
 

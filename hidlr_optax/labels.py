@@ -5,9 +5,10 @@ alone, never at values, so it also serves as the callable form of `param_labels`
 (`functools.partial(label_by_path, rules=...)`, `label_by_role`).
 """
 
+import itertools
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +33,23 @@ def _map_paths(label: Callable[[Path], str], params: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(params), labels)
 
 
-def label_by_path(params: Any, rules: Sequence[tuple[str, str]], default: str | None = None) -> Any:
+def _pairs(rules: Any) -> list[tuple[str, str]]:
+    pairs = list(rules.items() if isinstance(rules, Mapping) else rules)
+    for pair in pairs:
+        is_pair = not isinstance(pair, str) and isinstance(pair, Sequence) and len(pair) == 2
+        if not is_pair or not all(isinstance(part, str) for part in pair):
+            raise ValueError(
+                "rules must be (regular expression, label) pairs of str, or a dict {regular "
+                f"expression: label}}, got {pair!r} among them"
+            )
+    return [(pattern, label) for pattern, label in pairs]
+
+
+def label_by_path(
+    params: Any,
+    rules: Sequence[tuple[str, str]] | Mapping[str, str],
+    default: str | None = None,
+) -> Any:
     r"""Labels each leaf by the first rule whose regular expression matches its whole path.
 
     Paths are the keys, attribute names and indices that lead to a leaf, joined by slashes, such as
@@ -41,14 +58,15 @@ def label_by_path(params: Any, rules: Sequence[tuple[str, str]], default: str | 
 
     Args:
       params: any pytree.
-      rules: (regular expression, label) pairs, tried in order with `re.fullmatch`.
+      rules: (regular expression, label) pairs, or a dict of them, tried in order with
+        `re.fullmatch`.
       default: the label of leaves that no rule covers. None: every leaf has to be covered.
 
     Returns:
       A pytree of str with the structure of `params`.
 
     Raises:
-      ValueError: a leaf is covered by no rule and there is no default.
+      ValueError: a leaf is covered by no rule and there is no default, or a rule is no pair of str.
 
     Warns:
       UserWarning: a rule matches no leaf at all, which is mostly a slip in the expression. A rule
@@ -60,7 +78,7 @@ def label_by_path(params: Any, rules: Sequence[tuple[str, str]], default: str | 
       >>> hd.label_by_path(params, [(r"head/.*", "head"), (r".*/bias", "bias")], default="rest")
       {'body': {'bias': 'bias', 'kernel': 'rest'}, 'head': {'bias': 'head', 'kernel': 'head'}}
     """
-    compiled = [(re.compile(pattern), label) for pattern, label in rules]
+    compiled = [(re.compile(pattern), label) for pattern, label in _pairs(rules)]
     paths = [components for components, _ in leaf_paths(params)]
     joined = ["/".join(path) for path in paths]
     for pattern, label in compiled:
@@ -114,16 +132,40 @@ def label_by_role(params: Any) -> Any:
     return _map_paths(_role, params)
 
 
-def _depth(path: Path) -> int | None:
+# A number by itself or after an underscore is a layer's; only where no path has one, so is any
+# other at the end of a name: `block_2/conv1` is layer 2, but `layer1/kernel` layer 1.
+_NUMBERED = r"(?:.*_)?(\d+)", r".*\D(\d+)"
+
+
+def _depth(path: Path, numbered: str) -> int | None:
     for part in path:
-        match = re.fullmatch(r"(?:.*_)?(\d+)", part)
+        match = re.fullmatch(numbered, part)
         if match:
             return int(match.group(1))
     return None
 
 
+def _shared(paths: list[Path]) -> int:
+    """How many names all paths begin with: the number in `gpt2/...` tells no layers apart."""
+    columns = zip(*(path[:-1] for path in paths), strict=False)
+    return len(list(itertools.takewhile(lambda names: len(set(names)) == 1, columns)))
+
+
+def _depths(paths: list[Path]) -> list[int | None]:
+    """The layer of each path, None where it has none."""
+    found: list[int | None] = []
+    for numbered, start in itertools.product(_NUMBERED, (_shared(paths), 0)):
+        found = [_depth(path[start:], numbered) for path in paths]
+        if any(depth is not None for depth in found):
+            break
+    return found
+
+
 def label_by_depth(params: Any, num_groups: int | None = None) -> Any:
     """Layer-wise groups, from the first number in each path (`layers/3/…`, `EncoderBlock_3/…`).
+
+    A number stands alone or at the end of a name: `h/0`, `block_2`, `Dense_3`, and where no path
+    has one of those, `layer1`, `h0`, `fc2`. Names that all paths begin with are passed over.
 
     Leaves without a number are labelled by role: `embed`, `head`, or else `rest`.
 
@@ -146,27 +188,34 @@ def label_by_depth(params: Any, num_groups: int | None = None) -> Any:
       {'head': {'kernel': 'head'}, 'layers': [{'kernel': 'depth_0'}, {'kernel': 'depth_1'}]}
     """
     paths = [path for path, _ in leaf_paths(params)]
-    depths = sorted({depth for depth in map(_depth, paths) if depth is not None})
+    found = dict(zip(paths, _depths(paths), strict=True))
+    depths = sorted({depth for depth in found.values() if depth is not None})
     if not depths:
+        names = sorted({part for path in paths for part in path})
         raise ValueError(
-            f"no path holds a layer number: {listing(paths)}; label the layers with label_by_path"
+            "no path holds a layer number, alone or at the end of a name. Looked at were the names "
+            f"{', '.join(map(repr, names[:20]))}{', …' if len(names) > 20 else ''} in "
+            f"{listing(paths)}; label the layers with label_by_path"
         )
     num_groups = len(depths) if num_groups is None else num_groups
     if not 1 <= num_groups <= len(depths):
-        raise ValueError(f"num_groups must lie in [1, {len(depths)}] (layers), got {num_groups}")
+        raise ValueError(
+            f"num_groups must lie in [1, {len(depths)}], the number of layers, got {num_groups}; "
+            f"found were the layers {depths}"
+        )
     digits = len(str(depths[-1]))
-    names = {}
+    labels = {}
     for group in range(num_groups):
         start = group * len(depths) // num_groups
         stop = (group + 1) * len(depths) // num_groups
         first, last = depths[start], depths[stop - 1]
         name = f"depth_{first:0{digits}}" + (f"-{last:0{digits}}" if last > first else "")
-        names.update(dict.fromkeys(depths[start:stop], name))
+        labels.update(dict.fromkeys(depths[start:stop], name))
 
     def label(path: Path) -> str:
-        depth = _depth(path)
+        depth = found[path]
         if depth is not None:
-            return names[depth]
+            return labels[depth]
         role = _role(path)
         return role if role in ("embed", "head") else "rest"
 

@@ -28,7 +28,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hidlr_optax._influence_report import Influence
+from hidlr_optax._influence_report import GroupInfluence, Influence
 from hidlr_optax._knapsack import Subset, best_subsets
 from hidlr_optax._partition import Absent, merge, split, trainable_labels
 from hidlr_optax._plan import Plan, Rules, Value, check_value
@@ -48,11 +48,14 @@ __all__ = [
 
 _MOST_PLANS = 10**5
 
+Scores = Influence | Mapping[str, float]
+
 
 def select(
-    influence: Influence,
+    influence: Scores,
     psi: float,
     *,
+    sizes: Mapping[str, int] | None = None,
     rules: Rules = None,
     default: str | None = None,
 ) -> Plan:
@@ -65,8 +68,10 @@ def select(
     the loss by less than can be told from none.
 
     Args:
-      influence: from `hidlr_optax.influence.summarise`.
+      influence: from `hidlr_optax.influence.summarise`; or what each group is worth by another
+        score, `{label: number}`, together with `sizes`.
       psi: ψ ≥ 1.
+      sizes: the number of parameters of each group, for scores of your own alone.
       rules: kept in the plan, for `Plan.label`.
       default: likewise.
 
@@ -89,7 +94,9 @@ def select(
       head           10    0.05 ± 0.001  trains
       rest         1000  0.0007 ± 2e-05  frozen
     """
-    _check_influence(influence)
+    if sizes is not None and isinstance(influence, Influence):
+        raise ValueError("an Influence knows its sizes: leave sizes out")
+    influence = _influence(influence, sizes)
     psi = float(psi)
     if not 1 <= psi < math.inf:
         raise ValueError(f"psi must be finite and >= 1 (1 trains everything), got {psi}")
@@ -114,12 +121,29 @@ def select(
     return _plan(influence, frozen, psi=psi, rules=rules, default=default)
 
 
-def _check_influence(influence: Any) -> None:
-    if not isinstance(influence, Influence):
+def _influence(scores: Any, sizes: Mapping[str, int] | None) -> Influence:
+    """The influence, made of scores where those are given."""
+    if isinstance(scores, Influence):
+        return scores
+    if not isinstance(scores, Mapping):
         raise ValueError(
-            f"expected an Influence, as hidlr_optax.influence.summarise(running) returns it, got "
-            f"{type(influence).__name__}"
+            f"expected an Influence, as hidlr_optax.influence.summarise(running) returns it, or "
+            f"{{label: number}} with sizes={{label: parameters}}, got {type(scores).__name__}"
         )
+    if sizes is None or set(sizes) != set(scores):
+        raise ValueError(
+            f"scores of your own need the number of parameters of each group: pass sizes with the "
+            f"labels {sorted(scores)}, got {None if sizes is None else sorted(sizes)}"
+        )
+    groups = {}
+    for label, score in scores.items():
+        size, score = int(sizes[label]), float(score)
+        if not math.isfinite(score) or size < 1:
+            raise ValueError(
+                f"scores must be finite and sizes at least 1, got {score} and {size} for {label!r}"
+            )
+        groups[label] = GroupInfluence(size, refreshes=1, total=score, marginal=score)
+    return Influence(groups, steps=0)
 
 
 def _largest_psi(least: float, most: float) -> float:
@@ -140,7 +164,6 @@ def _candidates(
 ) -> tuple[list[str], list[tuple[int, float]]]:
     """Labels of the groups that are worth something, and (parameters, value) of each."""
     check_value(value)
-    _check_influence(influence)
     if sizes is not None and set(sizes) != set(influence.groups):
         raise ValueError(
             f"sizes must have the labels {sorted(influence.groups)}, got {sorted(sizes)}"
@@ -156,7 +179,7 @@ def _candidates(
 
 
 def pareto(
-    influence: Influence,
+    influence: Scores,
     sizes: Mapping[str, int] | None = None,
     *,
     value: Value = "total",
@@ -174,7 +197,8 @@ def pareto(
     subset is one: more than 100,000 plans are refused.
 
     Args:
-      influence: from `hidlr_optax.influence.summarise`.
+      influence: from `hidlr_optax.influence.summarise`; or what each group is worth by another
+        score, `{label: number}`, together with `sizes`.
       sizes: what each group costs, where that is not its size: the sizes of a larger model. The
         influences are taken as they were measured.
       value: "total", b²/a, or "marginal", the share in the joint step.
@@ -199,6 +223,7 @@ def pareto(
       >>> [(sorted(plan.trainable), plan.parameters) for plan in front[:3]]
       [(['head'], 10), (['head', 'norm'], 30), (['rest'], 900)]
     """
+    influence = _influence(influence, sizes)
     labels, items = _candidates(influence, sizes, value)
     subsets = [subset for subset in best_subsets(items, math.inf) if subset[2]]
     if len(subsets) > _MOST_PLANS:
@@ -215,12 +240,16 @@ def _of_subset(influence: Influence, labels: list[str], subset: Subset, **fields
     return _plan(influence, set(influence.groups) - trainable, **fields)
 
 
-def within(front: Sequence[Plan] | Influence, budget: int) -> Plan:
+def within(
+    front: Sequence[Plan] | Scores, budget: int, sizes: Mapping[str, int] | None = None
+) -> Plan:
     """The best plan with at most `budget` trainable parameters.
 
     Args:
-      front: from `pareto`; or an `Influence`, by whose totals and sizes the plan is chosen.
+      front: from `pareto`; or an `Influence`, by whose totals and sizes the plan is chosen; or
+        other scores, `{label: number}`, together with `sizes`.
       budget: number of parameters.
+      sizes: the number of parameters of each group, for scores of your own alone.
 
     Returns:
       The plan, with its `budget`.
@@ -238,6 +267,10 @@ def within(front: Sequence[Plan] | Influence, budget: int) -> Plan:
       >>> sorted(peft.within(Influence(groups, steps=90), budget=500).trainable)
       ['head', 'norm']
     """
+    if sizes is not None and not isinstance(front, Mapping):
+        raise ValueError("sizes go with scores of your own, {label: number}, or into pareto")
+    if isinstance(front, Mapping):
+        front = _influence(front, sizes)
     if isinstance(front, Influence):
         labels, items = _candidates(front, None, "total")
         cheapest, name = min((size, label) for label, (size, _) in zip(labels, items, strict=True))

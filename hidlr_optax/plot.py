@@ -7,10 +7,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
+
+try:
+    from matplotlib import colormaps
+    from matplotlib.axes import Axes
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "hidlr_optax.plot needs matplotlib: pip install 'hidlr-optax[plot]', or '.[plot]' from a "
+        "checkout"
+    ) from error
 
 from hidlr_optax._plan import Plan, Value
 from hidlr_optax._quadratic import Kept

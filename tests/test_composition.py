@@ -256,9 +256,9 @@ def test_apply_if_finite_skips_a_bad_gradient_and_goes_on(rule):
 
 
 @pytest.mark.parametrize(
-    ("known", "evaluations"), [((), 9), (("grad",), 9), (("value",), 8), (("value", "grad"), 8)]
+    ("known", "evaluations"), [((), 9), (("grad",), 10), (("value",), 9), (("value", "grad"), 9)]
 )
-def test_a_refresh_costs_four_evaluations_per_group_and_the_value_if_it_is_not_given(
+def test_a_refresh_costs_four_evaluations_per_group_and_the_value_if_not_given_or_compared(
     known, evaluations
 ):
     loss_fn, calls = counted(_parabolas)
@@ -312,8 +312,13 @@ def _evaluations(rule, refreshes):
     """Of refreshes of two groups, given by how many there were before each; value and grad known.
 
     The default looks back, ahead while it finds the rates, and at every fourth takes a gradient.
+    The first three compare value and gradient.
     """
-    return sum(8 if rule is _hidlr else 2 + (before % 4 == 0) for before in refreshes)
+
+    def evaluations(before):
+        return (before < 3) + (8 if rule is _hidlr else 2 + (before % 4 == 0))
+
+    return sum(map(evaluations, refreshes))
 
 
 def _accumulated_run(rule, accumulate, every):
@@ -619,9 +624,10 @@ def test_a_value_less_precise_than_the_probes_is_not_trusted(params_dtype, value
         tx = bare(None, "all", init_learning_rate=0.1)
         update = jax.jit(functools.partial(tx.update, value_fn=loss))
         _, state = update(-params, tx.init(params), params)
-        # The loss is 5: where it is trusted, this value misleads.
+        # The loss is 5: where a value is used at all, this one is found out.
         _, told = update(-params, tx.init(params), params, value=jnp.array(4.5, value_dtype))
-        assert (told.curvature["all"] != state.curvature["all"]) == trusted
+        assert (int(told.value_mismatches) == 1) == trusted
+        np.testing.assert_allclose(told.curvature["all"], state.curvature["all"], rtol=1e-6)
 
 
 # Many devices.
@@ -644,7 +650,7 @@ def test_sharded_parameters_and_data_give_the_rates_of_one_device(rule):
     state = jax.device_put(tx.init(params), NamedSharding(mesh, PartitionSpec()))
     result, state = _run(jax.jit(_step(tx, _network)), put, state, data)
     assert len(result["w"].sharding.device_set) == 8
-    _assert_all_close((result, state), _reference_run(rule), rtol=1e-3, atol=1e-5)
+    _assert_all_close((result, state), _reference_run(rule), rtol=2e-3, atol=1e-5)
 
 
 def _shard_mapped(rule, loss_fn, **kwargs):

@@ -3,6 +3,7 @@
 import inspect
 import math
 import re
+import struct
 import tarfile
 import zipfile
 from pathlib import Path
@@ -52,6 +53,25 @@ def test_python_blocks_run_in_order(path):
         exec(compile("\n" * line + block, _name(path), "exec"), namespace)
     if "loss" in namespace:
         assert float(namespace["loss"]) < 0.5
+    if path.name == "guide.md":
+        written = _scalars(next(Path("runs/first").iterdir()))
+        assert {name for name, _ in written} == {*hd.metrics(namespace["state"]), "loss"}
+        assert {step for _, step in written} == {0, 10, 20, 30}
+        assert written["refreshes", 30] == 22  # at each of the first twenty steps, then every tenth
+        assert written["learning_rate/head", 20] > written["learning_rate/head", 0] > 0
+
+
+def _scalars(path):
+    """{(name, step): number} of an event file of TensorBoard, read record by record."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found, data = {}, path.read_bytes()
+    while data:  # length, its checksum, the event, its checksum
+        (length,) = struct.unpack_from("<Q", data)
+        event = Event.FromString(data[12 : 12 + length])
+        found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+        data = data[16 + length :]
+    return found
 
 
 def test_blocks_that_do_not_run_are_rare():

@@ -22,7 +22,8 @@ def test_the_loss_falls_and_the_rates_are_shown(name, capsys):
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
     printed = capsys.readouterr().out
     assert "%" in printed
-    assert "learning rate of " in printed
+    assert "the guard stepped in " in printed
+    assert "learning rate" in printed
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
@@ -36,3 +37,18 @@ def test_examples_import_nothing_of_each_other(path):
     assert f"    python examples/{path.name}\n" in text.split('"""')[1]
     if path.name != "quickstart.py":
         assert len(text.splitlines()) <= 80
+
+
+def _calls_of(name):
+    """(file, line, keywords) of all calls of a function in examples and benchmarks."""
+    for path in sorted([*EXAMPLES.glob("*.py"), *(EXAMPLES.parent / "benchmarks").glob("*.py")]):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == name:
+                keywords = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                yield path.name, node.lineno, keywords
+
+
+def test_progress_bars_are_silent_where_stderr_is_no_terminal():
+    calls = list(_calls_of("tqdm"))
+    assert calls
+    assert all(keywords.get("disable") == "None" for *_, keywords in calls), calls

@@ -348,12 +348,12 @@ def test_names_of_many_layers_sort_like_the_layers():
 
 @pytest.mark.parametrize("num_groups", [0, 4, -1])
 def test_label_by_depth_refuses_more_groups_than_layers(num_groups):
-    with pytest.raises(ValueError, match=rf"lie in \[1, 3\] \(layers\), got {num_groups}"):
+    with pytest.raises(ValueError, match=rf"lie in \[1, 3\], .*, got {num_groups}; .*\[0, 1, 2\]"):
         hd.label_by_depth([leaf(1)] * 3, num_groups)
 
 
 def test_label_by_depth_without_layer_numbers_shows_the_paths():
-    with pytest.raises(ValueError, match=r"no path holds a layer number: 'w' \(1 in all\)"):
+    with pytest.raises(ValueError, match=r"names 'w' in 'w' \(1 in all\)"):
         hd.label_by_depth({"w": leaf(1)})
 
 
@@ -476,3 +476,49 @@ def test_scale_step_and_inner_go_group_by_group():
     np.testing.assert_allclose(moved["b"], 33)
     np.testing.assert_allclose(moved["c"], [[6.0]])
     np.testing.assert_allclose(groups.inner(params, scaled), [90, 0.5 + 2 + 8])
+
+
+def test_label_by_path_takes_a_dict_of_rules_in_its_order():
+    params = {"body": {"kernel": leaf(1), "bias": leaf(1)}, "head": {"bias": leaf(1)}}
+    rules = {r"head/.*": "head", r".*/bias": "bias"}
+    labels = hd.label_by_path(params, rules, default="rest")
+    assert labels == hd.label_by_path(params, list(rules.items()), default="rest")
+    assert labels["head"] == {"bias": "head"}
+
+
+@pytest.mark.parametrize(
+    "rules", [["head"], ["ab"], [("head", 1)], [("a", "b", "c")], {"head": None}]
+)
+def test_rules_that_are_no_pairs_are_an_error_that_shows_what_they_look_like(rules):
+    with pytest.raises(ValueError, match=r"pairs of str, or a dict \{regular expression: label\}"):
+        hd.label_by_path({"head": leaf(1)}, rules, default="rest")
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({"layer1": {"w": 0.0}, "layer2": {"w": 0.0}}, ["depth_1", "depth_2"]),
+        (
+            {"h0": 0.0, "h1": 0.0, "h10": 0.0, "head": 0.0},
+            ["depth_00", "depth_01", "depth_10", "head"],
+        ),
+        ({"block_2": 0.0, "block_3": 0.0}, ["depth_2", "depth_3"]),
+        ({"Dense_3": {"bias": 0.0}, "Dense_4": {"bias": 0.0}}, ["depth_3", "depth_4"]),
+        ({"b1": 0.0, "w1": 0.0, "w2": 0.0}, ["depth_1", "depth_1", "depth_2"]),
+        ({"layer1": {"bias": 0.0, "kernel": 0.0}}, ["depth_1", "depth_1"]),
+        # A number within a block, in the name of the whole model, or in the middle is no layer.
+        ({"block_0": {"fc1": 0.0, "fc2": 0.0}, "conv1": 0.0}, ["depth_0", "depth_0", "rest"]),
+        (
+            {"gpt2": {"h": [{"ln_1": 0.0}, {"ln_1": 0.0}], "wte": 0.0}},
+            ["depth_0", "depth_1", "embed"],
+        ),
+        ({"resnet50": {"conv2d": 0.0, "l1": 0.0, "l2": 0.0}}, ["rest", "depth_1", "depth_2"]),
+    ],
+)
+def test_label_by_depth_knows_the_names_that_layers_have(params, expected):
+    assert jax.tree.leaves(hd.label_by_depth(params)) == expected
+
+
+def test_label_by_depth_says_which_names_it_looked_at():
+    with pytest.raises(ValueError, match="'bias', 'body', 'head', 'kernel'"):
+        hd.label_by_depth({"body": {"bias": 0.0, "kernel": 0.0}, "head": 0.0})

@@ -683,3 +683,47 @@ def test_hidlr_over_frozen_groups_keeps_their_backward_pass_alive_and_over_a_par
     # Gradient, look back and look ahead: 3 forward passes, or 5 with a backward pass of all.
     assert flops_over_all > 1.6 * flops
     assert held_over_all > 2 * held
+
+
+# Scores from elsewhere.
+
+_SCORES, _SIZES = {"head": 0.5, "norm": 0.1, "rest": 0.7}, {"head": 10, "norm": 20, "rest": 900}
+
+
+def test_other_scores_choose_as_influences_of_the_same_numbers_do():
+    groups = {
+        name: GroupInfluence(_SIZES[name], refreshes=9, total=total)
+        for name, total in _SCORES.items()
+    }
+    influence = Influence(groups, steps=90)
+    one = hd.peft.select(_SCORES, 10.0, sizes=_SIZES)
+    assert one.trainable == hd.peft.select(influence, 10.0).trainable
+    assert (one.parameters, one.steps) == (10, 0)
+    assert hd.Plan.from_json(one.to_json()) == one
+    assert "steps" not in str(one)
+    front = [plan.trainable for plan in hd.peft.pareto(_SCORES, _SIZES)]
+    assert front == [plan.trainable for plan in hd.peft.pareto(influence)]
+    assert hd.peft.pareto(_SCORES, _SIZES, value="marginal")
+    chosen = hd.peft.within(_SCORES, 500, sizes=_SIZES)
+    assert chosen.trainable == hd.peft.within(influence, 500).trainable == {"head", "norm"}
+
+
+@pytest.mark.parametrize(
+    ("choose", "match"),
+    [
+        (
+            lambda: hd.peft.select(_SCORES, 2.0),
+            r"pass sizes with the labels \['head', 'norm', 'rest'\]",
+        ),
+        (lambda: hd.peft.pareto(_SCORES), "pass sizes"),
+        (lambda: hd.peft.within(_SCORES, 100), "pass sizes"),
+        (lambda: hd.peft.within(_SCORES, 100, sizes={"head": 1}), r"got \['head'\]"),
+        (lambda: hd.peft.select(_SCORES | {"head": math.nan}, 2.0, sizes=_SIZES), "finite.*'head'"),
+        (lambda: hd.peft.select(_SCORES, 2.0, sizes=_SIZES | {"head": 0}), "at least 1"),
+        (lambda: hd.peft.within([], 2, sizes=_SIZES), "sizes go with scores"),
+        (lambda: hd.peft.select([1.0], 2.0), "expected an Influence"),
+    ],
+)
+def test_other_scores_that_cannot_be_used_are_an_error_that_says_why(choose, match):
+    with pytest.raises(ValueError, match=match):
+        choose()

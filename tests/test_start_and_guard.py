@@ -548,7 +548,10 @@ def test_a_refresh_of_the_default_rule_costs_two_evaluations_per_group_and_the_g
         jax.effects_barrier()
         counts.append(len(calls) - before)
     once = 2 * groups + extra
-    assert counts == [once if step < 10 or step % 10 == 0 else 0 for step in range(22)]
+    expected = [once if step < 10 or step % 10 == 0 else 0 for step in range(22)]
+    for step in range(3):
+        expected[step] += 1  # value and gradient are compared with what is probed
+    assert counts == expected
 
 
 # Types.

@@ -228,6 +228,9 @@ FIELDS = ("learning_rate", "slope", "curvature", "ppi", "influence", "kept")
 KEYS = {f"{field}/{label}" for field in FIELDS for label in ("bias", "weight")} | {
     "refreshes",
     "cuts",
+    "ascents",
+    "value_mismatches",
+    "gradient_mismatches",
 }
 
 

@@ -1,0 +1,159 @@
+"""The branch of a refresh, and whether what `update` is told fits together.
+
+Three slips raise no error by themselves and let all rates sink: `value` or `grad` of another
+function than the one that is probed, and a direction that goes uphill. They are measured at the
+first refreshes, inside of the one branch that a step has, and counted.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hidlr_optax._quadratic import Kept
+from hidlr_optax._state import Clock, Packed, where_due
+from hidlr_optax._step_loss import Evidence, StepLoss
+
+_CHECKS = 3  # refreshes at which value and gradient are compared; at one, some agree by chance
+_VALUE_PART = 1e-4  # of the loss: a difference that is no rounding
+_VALUE_FLOOR = 1e-7  # of one: a loss whose terms cancel is all rounding
+_SLOPE_RATIO = 2.0  # between the slope that is given and the one that is measured
+_SLOPE_PART = 1e-3  # of ‖g‖‖u‖: slopes below it are rounding
+
+
+Refresh = Callable[[Packed, Evidence], Packed]
+
+
+def refresh_if(
+    due: jax.Array,
+    refresh: Refresh,
+    state: Packed,
+    waiting: Packed,
+    evidence: Evidence,
+    clock: Clock,
+) -> Packed:
+    """The refreshed state where one is due, by evidence that has been checked.
+
+    A step that never refreshes has no branch. On a GPU the host waits for what a branch depends on,
+    and begins to launch what follows only then.
+
+    Args:
+      due: () bool.
+      refresh: (state, evidence) -> the refreshed state.
+      state: what a refresh begins with.
+      waiting: what the state is without one.
+      evidence: as it was given.
+      clock: of this update.
+    """
+    if clock.never:
+        return waiting
+
+    def refreshed() -> Packed:
+        before, known = _checked(state, evidence)
+        return _counted(refresh(before, known), known)
+
+    return where_due(due, refreshed, waiting)
+
+
+def _checked(state: Packed, evidence: Evidence) -> tuple[Packed, Evidence]:
+    """Compares value and gradient with the loss at the parameters, at the first refreshes.
+
+    Where the value differs, that refresh and all later ones evaluate the loss in its place. A
+    gradient that is off by a factor (of a scaled loss, of a sum in place of a mean) has its slopes
+    multiplied by it from then on.
+
+    Returns:
+      The state with what was found counted, and the evidence that may be used.
+    """
+    value, with_slope = evidence.value, evidence.compares_slope and evidence.grad is not None
+    if value is None and not with_slope:
+        return state, evidence
+    wrong_before = state.value_mismatches > 0
+    looks = (state.refreshes < _CHECKS) | wrong_before
+
+    def look() -> tuple[Any, ...]:
+        loss, slope = _at_start(evidence.coming, with_slope)
+        used, wrong_value = value, jnp.zeros((), bool)
+        if value is not None:
+            loss = loss.astype(value.dtype)
+            wrong_value = _differ(value, loss)
+            used = jnp.where(wrong_value | wrong_before, loss, value)
+        factor, wrong_slope = state.gradient_factor, jnp.zeros((), bool)
+        if slope is not None:
+            factor, wrong_slope = _factor(evidence, slope, factor)
+        return used, wrong_value.astype(jnp.int32), factor, wrong_slope.astype(jnp.int32)
+
+    nothing = jnp.zeros((), jnp.int32)
+    used, wrong_value, factor, wrong_slope = where_due(
+        looks, look, (value, nothing, state.gradient_factor, nothing)
+    )
+    state = state._replace(
+        value_mismatches=state.value_mismatches + wrong_value,
+        gradient_mismatches=state.gradient_mismatches + wrong_slope,
+        gradient_factor=factor,
+    )
+    return state, evidence._replace(value=used, factor=factor)
+
+
+def _at_start(coming: StepLoss, with_slope: bool) -> tuple[jax.Array, jax.Array | None]:
+    """The loss at the parameters, and its slope along u, all groups alike; None without it.
+
+    In forward mode, which `pmap` does not turn into the slope of one device alone. A loss may lack
+    it (callbacks, some kernels); then there is nothing to compare with.
+    """
+    if with_slope:
+        rates = jnp.zeros(len(coming), jnp.float32)
+        try:
+            loss, tangent = jax.jvp(coming, (rates,), (jnp.ones_like(rates),))
+        except Exception:  # whatever the loss raises where it has no forward mode
+            return coming.start(), None
+        return loss, -tangent.astype(jnp.float32)
+    return coming.start(), None
+
+
+def _differ(value: jax.Array, loss: jax.Array) -> jax.Array:
+    """Whether two losses differ by more than rounding; no verdict where one is not finite."""
+    size = jnp.maximum(jnp.abs(value), jnp.abs(loss))
+    apart = jnp.abs(value - loss) > _VALUE_PART * size + _VALUE_FLOOR
+    return apart & jnp.isfinite(value) & jnp.isfinite(loss)
+
+
+def _factor(
+    evidence: Evidence, measured: jax.Array, before: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What slopes by the gradient have to be multiplied by, and whether that is not one."""
+    coming, grad = evidence.coming, evidence.grad
+    given = jnp.sum(coming.slope(grad)).astype(jnp.float32)
+
+    def norm(tree: Any) -> jax.Array:
+        return jnp.sqrt(jnp.sum(coming.groups.inner(tree, tree)).astype(jnp.float32))
+
+    rounding = _SLOPE_PART * norm(grad) * norm(coming.direction)
+    # Of the larger one: a gradient that is far too small has small norms, too.
+    known = jnp.maximum(jnp.abs(given), jnp.abs(measured)) > rounding
+    known &= jnp.isfinite(given) & jnp.isfinite(measured)
+    ratio = measured / jnp.where(given == 0, 1, given)
+    fits = (given != 0) & (ratio > 1 / _SLOPE_RATIO) & (ratio < _SLOPE_RATIO)
+    wanted = jnp.where(fits | (ratio <= 0) | (given == 0), 1.0, ratio)
+    return jnp.where(known, wanted, before), known & ~fits
+
+
+def _counted(new: Packed, evidence: Evidence) -> Packed:
+    """The refreshed state with what a person wants to know of the refresh.
+
+    Groups whose update is zero have no slope, whatever else was measured. `ascents` counts
+    refreshes at which no group goes downhill, `highest_learning_rates` is what the rates once were.
+    """
+    coming = evidence.coming
+    still = coming.groups.inner(coming.direction, coming.direction) == 0
+    slope = evidence.slope(coming)
+    slope = new.measured_slope if slope is None else slope
+    ascends = jnp.all(slope <= 0) & jnp.any(slope < 0)
+    no_slope = still & (new.kept != Kept.NON_FINITE)
+    rates = new.group_learning_rates
+    return new._replace(
+        kept=jnp.where(no_slope, jnp.int32(Kept.NO_SLOPE), new.kept),
+        ascents=new.ascents + ascends.astype(jnp.int32),
+        highest_learning_rates=jnp.maximum(new.highest_learning_rates, rates),
+    )

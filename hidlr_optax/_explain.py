@@ -1,0 +1,172 @@
+"""The state of a run in ten lines of text, for a person."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from hidlr_optax._influence_report import aligned
+from hidlr_optax._quadratic import Kept
+from hidlr_optax._state import HiDLRState
+from hidlr_optax.influence import find_state
+
+_SHOWN = 5  # groups, so that there are ten lines
+_SUNK = 0.1  # of its highest: a rate below it has sunk
+
+_STATUS = {
+    Kept.UPDATED: "ok",
+    Kept.NON_FINITE: "not finite: look for NaN in the loss, gradient or update",
+    Kept.UNRESOLVED: "changes the loss by less than its rounding: converged, or a loss in bfloat16",
+    Kept.NOT_CONVEX: "no minimum along it: larger batches, or hold(), which needs none",
+    Kept.NO_SLOPE: "no gradient or no update: frozen or unused? split it off",
+    Kept.OTHER_GROUP: "kept because of another group's numbers",
+    Kept.ASCENDS: "goes uphill: see below",
+}
+
+
+class _Run(NamedTuple):
+    """Python numbers of a state."""
+
+    updates: int
+    refreshes: int
+    cuts: int
+    ascents: int
+    values: int
+    gradients: int
+    factor: float
+    schedule: float
+    rates: dict[str, float]
+    highest: dict[str, float]
+    kept: dict[str, int]
+
+
+def _read(state: HiDLRState) -> _Run:
+    def number(leaf: Any) -> Any:
+        return jax.tree.leaves(leaf)[0].item()  # nnx.Optimizer wraps it in a Variable
+
+    def by_label(field: Any) -> dict[str, Any]:
+        return {name: number(field[name]) for name in sorted(field)}
+
+    host = jax.device_get(state._replace(direction=()))
+    return _Run(
+        updates=number(host.count),
+        refreshes=number(host.refreshes),
+        cuts=number(host.cuts),
+        ascents=number(host.ascents),
+        values=number(host.value_mismatches),
+        gradients=number(host.gradient_mismatches),
+        factor=number(host.gradient_factor),
+        schedule=number(host.schedule_factor),
+        rates=by_label(host.group_learning_rates),
+        highest=by_label(host.highest_learning_rates),
+        kept=by_label(host.kept),
+    )
+
+
+def _part(run: _Run, name: str) -> float:
+    """The rate as a part of the highest that it has been."""
+    return run.rates[name] / run.highest[name] if run.highest[name] > 0 else 1.0
+
+
+def _trend(part: float) -> str:
+    return "at its highest" if part > 0.95 else f"{part:.2g} of its highest"
+
+
+def _table(run: _Run) -> list[str]:
+    """The groups, those with something to tell first."""
+    order = sorted(run.rates, key=lambda name: (run.kept[name] == 0, _part(run, name)))
+    rows = [("group", "learning rate", "trend", "")]
+    for name in order[:_SHOWN]:
+        trend = _trend(_part(run, name))
+        rows.append((name, f"{run.rates[name]:.3g}", trend, f"  {_STATUS[Kept(run.kept[name])]}"))
+    more = [f"and {len(order) - _SHOWN} more"] if len(order) > _SHOWN else []
+    widest = max(len(row[-1]) for row in rows)
+    padded = [(*row[:-1], row[-1].ljust(widest)) for row in rows]
+    return [line.rstrip() for line in aligned(padded)] + more
+
+
+def _ascends(run: _Run) -> str | None:
+    if 2 * run.ascents < max(run.refreshes, 4):
+        return None
+    return (
+        f"At {run.ascents} of {run.refreshes} refreshes every group went uphill: the direction has "
+        "the wrong sign, or none. Use optax.adamw(1.0), or optax.scale(-1.0) after scale_by_adam()."
+    )
+
+
+def _wrong_value(run: _Run) -> str | None:
+    if not run.values:
+        return None
+    return (
+        "`value` is not the loss that is probed (another dropout key, batch or scale?): the loss "
+        "is evaluated in its place. Leave `value` out, or pass that of the probed function."
+    )
+
+
+def _wrong_gradient(run: _Run) -> str | None:
+    if not run.gradients:
+        return None
+    factor = f", and its slopes are multiplied by {run.factor:.3g}" if run.factor != 1 else ""
+    return (
+        f"`grad` is not the gradient of the loss that is probed (scaled, summed, clipped, "
+        f"conjugated?){factor}. Pass the raw gradient of the probed function."
+    )
+
+
+def _sank(run: _Run) -> str | None:
+    if run.refreshes == 0 or any(_part(run, name) > _SUNK for name in run.rates):
+        return None
+    return (
+        "All rates sank together, below a tenth of what they were: docs/sinking.md lists the "
+        "causes, the likeliest first."
+    )
+
+
+def _schedule(run: _Run) -> list[str]:
+    if run.updates == 0 or run.schedule == 1:
+        return []
+    return [
+        f"The schedule's factor was {run.schedule:.3g} at the last update; rates are without it."
+    ]
+
+
+_FINDINGS: tuple[Callable[[_Run], str | None], ...] = (
+    _ascends,
+    _wrong_value,
+    _wrong_gradient,
+    _sank,
+)
+
+
+def explain(opt_state: Any) -> str:
+    """Says how a run is doing, in about ten lines of text for a person.
+
+    The rate of each group, how it stands to the highest that it has been, what its status asks for;
+    how often the guard stepped in; and what is wrong, where something is: a direction that goes
+    uphill, a `value` or `grad` of another function, rates that sank together. Of many groups, the
+    five that have most to tell. Outside of jit: it reads the numbers.
+
+    Args:
+      opt_state: the state of `hidlr` or of anything that contains it.
+
+    Returns:
+      Lines to print.
+
+    Raises:
+      ValueError: there is no `HiDLRState` in the state, or more than one.
+
+    Example:
+      >>> import jax.numpy as jnp, hidlr_optax as hd
+      >>> state = hd.hidlr(None, "all", init_learning_rate=0.5).init({"w": jnp.zeros(3)})
+      >>> print(hd.explain(state))
+      0 updates, 0 refreshes; the guard stepped in 0 times.
+      group  learning rate           trend
+      all              0.5  at its highest    ok
+      Nothing stands out.
+    """
+    run = _read(find_state(opt_state))
+    times = "once" if run.cuts == 1 else f"{run.cuts} times"
+    head = f"{run.updates} updates, {run.refreshes} refreshes; the guard stepped in {times}."
+    found = [text for text in (finding(run) for finding in _FINDINGS) if text is not None]
+    found = found or ["Nothing stands out."]
+    return "\n".join([head, *_table(run), *_schedule(run), *found])

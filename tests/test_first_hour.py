@@ -1,0 +1,388 @@
+"""What a new user gets wrong: each slip is noticed, named, and comes with its mend."""
+
+import logging
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from support import coupled_hidlr, promoting
+
+import hidlr_optax as hd
+from hidlr_optax import Kept
+
+LABELS = {"body": "body", "head": "head"}
+
+
+def loss_fn(params, batch):
+    x, y = batch
+    return jnp.mean((jnp.tanh(x @ params["body"]) @ params["head"] - y) ** 2)
+
+
+def _params():
+    keys = jax.random.split(jax.random.key(0))
+    body, head = jax.random.normal(keys[0], (8, 16)) / 3, jax.random.normal(keys[1], (16,)) / 4
+    return {"body": body, "head": head}
+
+
+def _batches(seed, steps, size=32):
+    x = jax.random.normal(jax.random.key(seed), (steps, size, 9))
+    return x[..., :8], x[..., 0] + x[..., 8] / 2
+
+
+def _adamw():
+    return promoting("standard", optax.adamw(1.0))
+
+
+def _trained(rule, base=None, value_of=None, grad_of=None, steps=40, compiled=jax.jit):
+    """The state after a run whose value and gradient are what these functions make of them.
+
+    `value_of` gets the loss, and the loss of another batch.
+    """
+    tx = optax.chain(base or _adamw(), rule)
+
+    @compiled
+    def step(params, state, batch, other):
+        value, grad = jax.value_and_grad(loss_fn)(params, batch)
+        given = value if value_of is None else value_of(value, loss_fn(params, other))
+        raw = grad if grad_of is None else grad_of(grad)
+        updates, state = tx.update(grad, state, params, batch=batch, value=given, grad=raw)
+        return optax.apply_updates(params, updates), state
+
+    params = _params()
+    state = tx.init(params)
+    for batch, other in zip(
+        zip(*_batches(1, steps), strict=True), zip(*_batches(2, steps), strict=True), strict=True
+    ):
+        params, state = step(params, state, batch, other)
+    return state
+
+
+def _rates(state):
+    return [float(rate) for rate in optax.tree.get(state, "group_learning_rates").values()]
+
+
+RULES = {"hold": hd.hidlr, "coupled": coupled_hidlr}
+
+
+# 1. A direction that goes uphill.
+
+
+@pytest.mark.parametrize("base", ["scale_by_adam", "identity"])
+def test_a_direction_that_ascends_is_named_with_its_mend(base):
+    bases = {"scale_by_adam": optax.scale_by_adam(), "identity": optax.identity()}
+    state = _trained(hd.hidlr(loss_fn, LABELS), promoting("standard", bases[base]), steps=12)
+    found = hd.metrics(state)
+    assert {int(found[f"kept/{name}"]) for name in LABELS} == {Kept.ASCENDS}
+    assert int(found["ascents"]) == int(found["refreshes"]) == 12
+    assert "scale(-1.0)" in hd.explain(state)
+    assert "goes uphill" in hd.explain(state)
+
+
+def test_a_direction_that_descends_is_not_said_to_ascend():
+    state = _trained(hd.hidlr(loss_fn, LABELS))
+    assert 2 * int(hd.metrics(state)["ascents"]) < int(hd.metrics(state)["refreshes"])
+    assert "uphill" not in hd.explain(state)
+
+
+# 2. `value` and `grad` of another function.
+
+OTHER_VALUES = {
+    "of another batch": lambda value, other: other,
+    "a sum in place of a mean": lambda value, other: 32 * value,
+    "with a penalty": lambda value, other: value + 0.01,
+    "far too small": lambda value, other: 1e-5 * value,
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("slip", OTHER_VALUES)
+def test_a_value_of_another_function_changes_nothing_and_is_named(rule, slip):
+    right = _trained(RULES[rule](loss_fn, LABELS))
+    wrong = _trained(RULES[rule](loss_fn, LABELS), value_of=OTHER_VALUES[slip])
+    assert int(hd.metrics(wrong)["value_mismatches"]) == int(hd.metrics(wrong)["refreshes"])
+    np.testing.assert_allclose(_rates(wrong), _rates(right), rtol=1e-2)
+    assert "`value` is not the loss" in hd.explain(wrong)
+    assert int(hd.metrics(right)["value_mismatches"]) == 0
+    assert "`value`" not in hd.explain(right)
+
+
+def test_a_value_that_agrees_at_first_is_compared_again():
+    """A head of zeros, or LoRA before its first step: all batches have one loss, or all keys."""
+
+    def flat_at_first(params, batch):
+        x, y = batch
+        return jnp.mean((x @ params["w"] * y - 1) ** 2)
+
+    tx = optax.chain(optax.sgd(1.0), hd.hiulr(flat_at_first))
+    params = {"w": jnp.zeros(8)}
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, batch, other):
+        grad = jax.grad(flat_at_first)(params, batch)
+        value = flat_at_first(params, other)
+        updates, state = tx.update(grad, state, params, batch=batch, value=value, grad=grad)
+        return optax.apply_updates(params, updates), state
+
+    (x, y), counts = _batches(1, 4), []
+    for n in range(3):
+        params, state = step(params, state, (x[n], y[n]), (x[n + 1], y[n + 1]))
+        counts.append(int(hd.metrics(state)["value_mismatches"]))
+    assert counts == [0, 1, 2]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("factor", [2.0**15, 32.0, 2.0**-15])
+def test_a_gradient_that_is_off_by_a_factor_changes_nothing_and_is_named(rule, factor):
+    right = _trained(RULES[rule](loss_fn, LABELS))
+    wrong = _trained(
+        RULES[rule](loss_fn, LABELS),
+        grad_of=lambda grad: jax.tree.map(lambda g: factor * g, grad),
+    )
+    assert int(hd.metrics(wrong)["gradient_mismatches"]) == 3
+    np.testing.assert_allclose(wrong[-1].gradient_factor, 1 / factor, rtol=1e-3)
+    np.testing.assert_allclose(_rates(wrong), _rates(right), rtol=1e-2)
+    assert "`grad` is not the gradient" in hd.explain(wrong)
+    assert int(hd.metrics(right)["gradient_mismatches"]) == 0
+    assert "`grad`" not in hd.explain(right)
+
+
+def test_a_gradient_of_the_wrong_sign_is_named():
+    state = _trained(
+        hd.hidlr(loss_fn, LABELS), grad_of=lambda grad: jax.tree.map(jnp.negative, grad), steps=6
+    )
+    assert int(hd.metrics(state)["gradient_mismatches"]) == 3
+    assert "`grad` is not the gradient" in hd.explain(state)
+
+
+def test_a_clipped_gradient_in_place_of_the_raw_one_is_named():
+    clip = optax.clip_by_global_norm(0.01)
+    state = _trained(
+        hd.hidlr(loss_fn, LABELS), grad_of=lambda grad: clip.update(grad, clip.init(grad))[0]
+    )
+    assert int(hd.metrics(state)["gradient_mismatches"]) == 3
+
+
+def test_a_loss_without_a_forward_mode_still_has_its_value_compared():
+    @jax.custom_vjp
+    def square(x):
+        return x**2
+
+    square.defvjp(lambda x: (x**2, x), lambda x, g: (2 * x * g,))
+
+    def loss(params, batch):
+        return jnp.mean(square(params["w"] - batch))
+
+    tx = optax.chain(optax.sgd(1.0), hd.hiulr(loss))
+    params = {"w": jnp.ones(3)}
+    value, grad = jax.value_and_grad(loss)(params, 3.0)
+    for factor in (1.0, 2.0):
+        _, state = jax.jit(tx.update)(
+            grad, tx.init(params), params, batch=3.0, value=factor * value, grad=grad
+        )
+        assert int(hd.metrics(state)["value_mismatches"]) == (factor == 2)
+
+
+def test_a_loss_that_is_all_rounding_is_no_mismatch():
+    """The surrogate of a policy gradient: its terms cancel, its gradient does not."""
+
+    def surrogate(params, batch):
+        return jnp.mean(jnp.exp(batch @ params["w"]) * (batch[:, 0] - jnp.mean(batch[:, 0])))
+
+    params = {"w": jnp.zeros(9)}
+    batch = jax.random.normal(jax.random.key(0), (256, 9))
+    tx = optax.chain(optax.sgd(1.0), hd.hiulr(surrogate))
+    value, grad = jax.value_and_grad(surrogate)(params, batch)
+    assert abs(float(value)) < 1e-7
+    _, state = jax.jit(tx.update)(
+        grad, tx.init(params), params, batch=batch, value=-value - 3e-8, grad=grad
+    )
+    assert int(hd.metrics(state)["value_mismatches"]) == 0
+    assert int(hd.metrics(state)["gradient_mismatches"]) == 0
+
+
+# 3. A schedule in learning rates.
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        optax.cosine_decay_schedule(3e-4, 1000),
+        optax.warmup_cosine_decay_schedule(0.0, 1e-3, 100, 1000),
+        lambda step: 1e-2,
+    ],
+    ids=["cosine", "warm-up", "plain"],
+)
+def test_a_schedule_in_learning_rates_is_warned_of(schedule):
+    with pytest.warns(UserWarning, match="a factor of the rates, 1 at its peak") as caught:
+        hd.hidlr(None, "all", schedule=schedule)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+def _of_ones_own(step):
+    raise RuntimeError("only inside of a training run")
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        None,
+        optax.cosine_decay_schedule(1.0, 1000),
+        optax.warmup_cosine_decay_schedule(0.0, 1.0, 10_000, 100_000),
+        optax.linear_schedule(1.0, 0.0, 3),
+        optax.piecewise_constant_schedule(1.0, {10: 0.1}),
+        lambda step: 1.0,
+        lambda step: 0.3,
+        lambda step: 0.0,
+        _of_ones_own,
+    ],
+)
+def test_a_schedule_that_is_a_factor_is_not_warned_of(schedule):
+    hd.hidlr(None, "all", schedule=schedule)  # warnings are errors
+
+
+# 4. An update that is not jitted.
+
+
+def _calls(tx, steps):
+    """Un-jitted updates; the state after them."""
+    params, batch = _params(), tuple(part[0] for part in _batches(1, 1))
+    state = tx.init(params)
+    value, grad = jax.jit(jax.value_and_grad(loss_fn))(params, batch)
+    direction = jax.tree.map(jnp.negative, grad)
+    for _ in range(steps):
+        _, state = tx.update(direction, state, params, batch=batch, value=value, grad=grad)
+    return state
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_updates_outside_of_jit_are_warned_of_once(accumulated):
+    tx = hd.hidlr(loss_fn, LABELS, warmup=0)
+    tx = hd.multi_steps(tx, 2) if accumulated else tx
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _calls(promoting("standard", tx), 5)
+    assert [str(warning.message)[:45] for warning in caught] == [
+        "hidlr: update is called outside of jax.jit, w"
+    ]
+
+
+def test_one_update_outside_of_jit_is_no_loop():
+    _calls(hd.hidlr(loss_fn, LABELS), 1)  # warnings are errors
+
+
+@pytest.mark.filterwarnings("ignore:hidlr. update is called outside")
+def test_outside_of_jit_nothing_is_compiled_between_refreshes(caplog):
+    tx = hd.hidlr(loss_fn, LABELS, warmup=0)
+    params, batch = _params(), tuple(part[0] for part in _batches(1, 1))
+    value, grad = jax.jit(jax.value_and_grad(loss_fn))(params, batch)
+    direction, state = jax.tree.map(jnp.negative, grad), tx.init(params)
+    for step in range(6):
+        if step == 2:  # one refresh, and one update whose single operations are compiled
+            caplog.clear()
+        with jax.log_compiles(), caplog.at_level(logging.WARNING):
+            _, state = tx.update(direction, state, params, batch=batch, value=value, grad=grad)
+    assert "ompil" not in caplog.text
+    assert int(hd.metrics(state)["refreshes"]) == 1
+
+
+@pytest.mark.filterwarnings("ignore:hidlr. update is called outside")
+def test_outside_of_jit_the_numbers_are_the_same():
+    compiled, plain = (
+        _trained(hd.hidlr(loss_fn, LABELS, warmup=3), steps=12, compiled=compiled)
+        for compiled in (jax.jit, lambda step: step)
+    )
+    types = [
+        [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in jax.tree.leaves(state)]
+        for state in (compiled, plain)
+    ]
+    assert types[0] == types[1]
+    np.testing.assert_allclose(_rates(plain), _rates(compiled), rtol=1e-3)
+
+
+# 6. Frozen groups.
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        hd.hidlr(loss_fn, LABELS),
+        hd.hidlr(loss_fn, LABELS, curvature=hd.probes()),
+        hd.hidlr(loss_fn, LABELS, slope="probes", curvature=hd.probes()),
+        coupled_hidlr(loss_fn, LABELS),
+        coupled_hidlr(loss_fn, LABELS, slope="probes"),
+        hd.paper_hidlr(loss_fn, LABELS),
+    ],
+    ids=["hold", "hold, probes", "hold, fitted", "coupled", "coupled, fitted", "paper"],
+)
+@pytest.mark.parametrize("steps", [1, 2, 12])
+def test_frozen_groups_have_no_slope_from_the_first_refresh_on(rule, steps):
+    parts = {"trained": _adamw(), "frozen": optax.set_to_zero()}
+    base = optax.partition(parts, {"body": "frozen", "head": "trained"})
+    found = hd.metrics(_trained(rule, base, steps=steps))
+    assert int(found["kept/body"]) == Kept.NO_SLOPE
+    assert int(found["kept/head"]) != Kept.NO_SLOPE
+
+
+# 10. Ten lines for a person.
+
+
+def test_explain_is_about_ten_lines_whatever_the_number_of_groups():
+    params = {f"layer{n}": jnp.ones(2) for n in range(40)}
+
+    def loss(params, batch):
+        return sum(jnp.sum((batch * leaf) ** 2) for leaf in params.values())
+
+    tx = hd.hidlr(loss, {name: name for name in params})
+    grad = jax.grad(loss)(params, 1.0)
+    direction = jax.tree.map(jnp.negative, grad)
+    _, state = jax.jit(tx.update)(direction, tx.init(params), params, batch=1.0, grad=grad)
+    lines = hd.explain((optax.EmptyState(), state)).splitlines()
+    assert len(lines) <= 10
+    assert "and 35 more" in lines
+    assert lines[0] == "1 updates, 1 refreshes; the guard stepped in 0 times."
+    assert lines[-1] == "Nothing stands out."
+
+
+def test_explain_names_what_each_status_asks_for_and_rates_that_sank_together():
+    tx = hd.hidlr(None, LABELS)
+    state = tx.init(_params())
+    rates = {name: jnp.float32(1e-6) for name in LABELS}
+    state = state._replace(
+        count=jnp.int32(90),
+        refreshes=jnp.int32(9),
+        cuts=jnp.int32(1),
+        schedule_factor=jnp.float32(0.5),
+        group_learning_rates=rates,
+        highest_learning_rates=dict.fromkeys(LABELS, jnp.float32(1e-2)),
+    )
+    for status in Kept:
+        kept = {"body": jnp.int32(status), "head": jnp.int32(Kept.UPDATED)}
+        text = hd.explain(state._replace(kept=kept))
+        lines = text.splitlines()
+        assert lines[2].startswith("body")
+        assert "0.0001 of its highest" in lines[2]
+        assert lines[3].endswith("ok")
+        assert (lines[2].endswith("ok")) == (status == Kept.UPDATED)
+        assert "All rates sank together" in text
+        assert "stepped in once" in text
+        assert "factor was 0.5" in text
+    one_sank = rates | {"head": jnp.float32(1e-2)}
+    assert "together" not in hd.explain(state._replace(group_learning_rates=one_sank))
+
+
+def test_explain_reads_the_state_of_an_nnx_optimizer():
+    nnx = pytest.importorskip("flax.nnx")
+    model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    tx = promoting("standard", optax.chain(optax.adamw(1.0), hd.hiulr(None)))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    assert "all" in hd.explain(optimizer.opt_state)
+
+
+def test_explain_needs_a_state():
+    with pytest.raises(ValueError, match="expected one HiDLRState"):
+        hd.explain(optax.EmptyState())
