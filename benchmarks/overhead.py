@@ -140,19 +140,22 @@ def flops(fn: Any, *args: Any) -> float:
 def default_cost(groups: int, params: Any, batch: Any, steps: int = 1000) -> float:
     """What the default adds to the FLOPs of a run of AdamW, as a part of these.
 
-    The forward passes and gradients of its looks, and the inner products of every refresh, counted
-    over `steps` steps, the finding of the rates included. The looks ahead that the guard calls for
-    come on top; there is none in a run whose loss does not jump.
+    The forward passes and gradients of its looks, the inner products of every refresh and the one
+    of every step, and the three comparisons of value and gradient, counted over `steps` steps, the
+    finding of the rates included. The looks ahead that the guard calls for come on top; there is
+    none in a run whose loss does not jump.
     """
     base = flops(make_step(optax.adamw(1e-3)), params, optax.adamw(1e-3).init(params), batch)
-    finding = 20  # the defaults of hidlr and hold
+    finding, checks = 20, 3  # the defaults of hidlr and hold
     refreshes = finding + sum(step % 10 == 0 for step in range(finding, steps))
     splits = -(-refreshes // 4) if groups > 1 else 0
     forward, gradient = (flops(fn, params, batch) for fn in (loss_fn, jax.grad(loss_fn)))
-    # Per refresh: two slopes, the six products of `preconditioned`, and whether updates are finite.
-    products = 9 * 2 * sum(map(np.size, jax.tree.leaves(params)))
-    looks = (refreshes + finding) * forward + splits * gradient + refreshes * products
-    return looks / (steps * base)
+    tangent = flops(lambda p, b: jax.jvp(lambda q: loss_fn(q, b), (p,), (p,)), params, batch)
+    product = 2 * sum(map(np.size, jax.tree.leaves(params)))
+    # Per refresh: two slopes, one of them twice, the six products of `preconditioned`, whether
+    # updates are finite, and whether they are zero.
+    looks = (refreshes + finding) * forward + splits * gradient + 11 * refreshes * product
+    return (looks + checks * tangent + steps * product) / (steps * base)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
