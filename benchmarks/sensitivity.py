@@ -1,7 +1,7 @@
 """Every constant of the default rule at a half and at twice its value, on small problems.
 
-The constants of `hidlr_optax/_hold.py` are read when the rule is traced; here they are arrays, so
-that all variants of a case are lanes of one compiled program. Cosine schedule, K rates, Φ = 10,
+The constants of `hidlr_optax/_rule/hold.py` are read when the rule is traced; here they are arrays,
+so that all variants of a case are lanes of one compiled program. Cosine schedule, K rates, Φ = 10,
 nothing given; losses over those of the rule as it is, on the same seeds.
 
     pip install -e '.[bench]'
@@ -28,7 +28,7 @@ from store import Job, Row, Store
 from workloads import WORKLOADS, plain, train
 
 import hidlr_optax as hd
-from hidlr_optax import _hold
+from hidlr_optax._rule import hold as _hold
 
 CASES = (
     ("digits", "AdamW"),

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hidlr_optax._influence_report import aligned
 from hidlr_optax._quadratic import Kept
 from hidlr_optax._state import HiDLRState
 from hidlr_optax.influence import find_state
+from hidlr_optax.influence._report import aligned
 
 _SHOWN = 5  # groups, so that there are ten lines
 _SUNK = 0.1  # of its highest: a rate below it has sunk

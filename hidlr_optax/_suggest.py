@@ -6,13 +6,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hidlr_optax._arguments import bind_loss, check_arguments, check_like, check_scalar, fitting
 from hidlr_optax._groups import Groups
-from hidlr_optax._measurement import Estimator, Measurement, measure
 from hidlr_optax._quadratic import Kept, Quadratic
+from hidlr_optax._rule.arguments import (
+    bind_loss,
+    check_arguments,
+    check_like,
+    check_scalar,
+    fitting,
+)
 from hidlr_optax._state import initial_rates
 from hidlr_optax._step_loss import StepLoss
 from hidlr_optax.curvature import probes
+from hidlr_optax.curvature._measurement import Estimator, Measurement, measure
 from hidlr_optax.solvers import parabola_minima
 
 _ROUND_CHANGE = 100.0

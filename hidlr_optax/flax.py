@@ -18,10 +18,10 @@ except ModuleNotFoundError as error:
         "hidlr_optax.flax needs flax: pip install 'hidlr-optax[flax]', or '.[flax]' from a checkout"
     ) from error
 
-from hidlr_optax._partition import trainable_labels
 from hidlr_optax._paths import leaf_paths, listing
-from hidlr_optax._plan import Plan
 from hidlr_optax._take_step import as_value_fn, downhill
+from hidlr_optax.peft._partition import trainable_labels
+from hidlr_optax.peft._plan import Plan
 
 _STATEFUL = nnx.Module, nnx.Rngs, nnx.RngStream
 

@@ -19,9 +19,9 @@ except ModuleNotFoundError as error:
         "checkout"
     ) from error
 
-from hidlr_optax._plan import Plan, Value
 from hidlr_optax._quadratic import Kept
 from hidlr_optax._suggest import Suggestion
+from hidlr_optax.peft._plan import Plan, Value
 
 
 def _series(history: Iterable[Mapping[str, Any]], field: str) -> tuple[np.ndarray, dict[str, Any]]:

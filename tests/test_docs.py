@@ -12,7 +12,7 @@ import pytest
 from hatchling import build
 
 import hidlr_optax as hd
-from hidlr_optax import _hold
+from hidlr_optax._rule import hold as _hold
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from support import counted, enable_x64, promoting
 
 import hidlr_optax as hd
-from hidlr_optax import _hold
 from hidlr_optax._quadratic import Kept
+from hidlr_optax._rule import hold as _hold
 
 NAN, INF = math.nan, math.inf
 _f32 = jnp.float32

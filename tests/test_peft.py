@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from support import promoting
 
 import hidlr_optax as hd
-from hidlr_optax._knapsack import best_subsets
 from hidlr_optax.influence import GroupInfluence, Influence
+from hidlr_optax.peft._knapsack import best_subsets
 
 _POSITIVE = st.floats(1e-12, 1e12)
 _ERROR = st.none() | st.floats(0, 1e6)

@@ -12,8 +12,8 @@ from scipy.optimize import minimize
 from support import bare, counted, coupled_hidlr, coupled_ulr, enable_x64, promoting
 
 import hidlr_optax as hd
-from hidlr_optax._one_step import first_rates, guard_factor, keep_resolvable
 from hidlr_optax._quadratic import Kept, Quadratic
+from hidlr_optax._rule.one_step import first_rates, guard_factor, keep_resolvable
 from hidlr_optax.solvers import minimise_in_box
 
 NAN, INF = math.nan, math.inf

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hidlr_optax._measurement import RESOLUTION, Measurement, check_batch_size, evaluate
 from hidlr_optax._quadratic import Quadratic
 from hidlr_optax._step_loss import StepLoss
+from hidlr_optax.curvature._measurement import RESOLUTION, Measurement, check_batch_size, evaluate
 
 
 def _products(

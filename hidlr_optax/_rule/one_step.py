@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hidlr_optax._checks import refresh_if
 from hidlr_optax._groups import wide
-from hidlr_optax._measurement import Estimator, Measurement, measure
 from hidlr_optax._quadratic import Kept, Quadratic, average, influence_per_parameter
+from hidlr_optax._rule.mismatches import refresh_if
 from hidlr_optax._state import Clock, Packed
 from hidlr_optax._step_loss import Evidence, SlopeSource, StepLoss
+from hidlr_optax.curvature._measurement import Estimator, Measurement, measure
 from hidlr_optax.solvers import Diagonal, Solver
 
 _EMA_DECAY = 0.9  # of the averages of slope and curvature, by the refresh

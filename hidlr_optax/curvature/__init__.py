@@ -12,7 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hidlr_optax._derivatives import (
+from hidlr_optax._groups import wide
+from hidlr_optax._quadratic import Quadratic, fit_axes, fit_joint
+from hidlr_optax._step_loss import StepLoss
+from hidlr_optax.curvature._derivatives import (
     GaussNewton,
     Hessian,
     Secant,
@@ -20,17 +23,14 @@ from hidlr_optax._derivatives import (
     hessian,
     secant,
 )
-from hidlr_optax._groups import wide
-from hidlr_optax._measurement import (
+from hidlr_optax.curvature._measurement import (
     RESOLUTION,
     Estimator,
     Measurement,
     check_batch_size,
     evaluate,
 )
-from hidlr_optax._parabola import Parabola, parabola
-from hidlr_optax._quadratic import Quadratic, fit_axes, fit_joint
-from hidlr_optax._step_loss import StepLoss
+from hidlr_optax.curvature._parabola import Parabola, parabola
 
 __all__ = [
     "Estimator",

@@ -28,10 +28,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hidlr_optax._influence_report import GroupInfluence, Influence
-from hidlr_optax._knapsack import Subset, best_subsets
-from hidlr_optax._partition import Absent, merge, split, trainable_labels
-from hidlr_optax._plan import Plan, Rules, Value, check_value
+from hidlr_optax.influence._report import GroupInfluence, Influence
+from hidlr_optax.peft._knapsack import Subset, best_subsets
+from hidlr_optax.peft._partition import Absent, merge, split, trainable_labels
+from hidlr_optax.peft._plan import Plan, Rules, Value, check_value
 
 __all__ = [
     "Absent",

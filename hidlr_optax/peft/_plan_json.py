@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from hidlr_optax._influence_report import GroupInfluence, Influence
+from hidlr_optax.influence._report import GroupInfluence, Influence
 
 _VERSION = 1
 

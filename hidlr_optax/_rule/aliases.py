@@ -5,12 +5,12 @@ from typing import Any
 
 import optax
 
-from hidlr_optax._advice import unjitted_watch
-from hidlr_optax._arguments import LossFn, Slope
-from hidlr_optax._hold import Hold, hold
-from hidlr_optax._measurement import Estimator
-from hidlr_optax._transform import hidlr
+from hidlr_optax._rule.advice import unjitted_watch
+from hidlr_optax._rule.arguments import LossFn, Slope
+from hidlr_optax._rule.hold import Hold, hold
+from hidlr_optax._rule.transform import hidlr
 from hidlr_optax.curvature import probes
+from hidlr_optax.curvature._measurement import Estimator
 from hidlr_optax.influence import find_state
 from hidlr_optax.solvers import Solver, diagonal
 

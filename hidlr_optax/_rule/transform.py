@@ -9,8 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from hidlr_optax._advice import unjitted_watch, warn_of_low_peak
-from hidlr_optax._arguments import (
+from hidlr_optax._groups import Groups
+from hidlr_optax._rule.advice import unjitted_watch, warn_of_low_peak
+from hidlr_optax._rule.arguments import (
     LossFn,
     Slope,
     bind_loss,
@@ -22,14 +23,13 @@ from hidlr_optax._arguments import (
     fitting,
     usable_value,
 )
-from hidlr_optax._groups import Groups
-from hidlr_optax._hold import Hold, hold
-from hidlr_optax._hold_refresh import HoldRule
-from hidlr_optax._measurement import Estimator
-from hidlr_optax._one_step import OneStepRule
+from hidlr_optax._rule.hold import Hold, hold
+from hidlr_optax._rule.hold_refresh import HoldRule
+from hidlr_optax._rule.one_step import OneStepRule
 from hidlr_optax._state import HiDLRState, Stored, clock, initial_state, pack, unpack
 from hidlr_optax._step_loss import SLOPE_SOURCES, Evidence, StepLoss
 from hidlr_optax.curvature import probes, secant
+from hidlr_optax.curvature._measurement import Estimator
 from hidlr_optax.solvers import Solver
 
 

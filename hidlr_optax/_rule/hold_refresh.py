@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hidlr_optax._checks import refresh_if
 from hidlr_optax._groups import Groups, wide
-from hidlr_optax._hold import (
+from hidlr_optax._quadratic import Kept, Quadratic, influence_per_parameter
+from hidlr_optax._rule.hold import (
     TRIES,
     Hold,
     Look,
@@ -34,10 +34,10 @@ from hidlr_optax._hold import (
     split,
     watch,
 )
-from hidlr_optax._measurement import RESOLUTION, Estimator, measure
-from hidlr_optax._quadratic import Kept, Quadratic, influence_per_parameter
+from hidlr_optax._rule.mismatches import refresh_if
 from hidlr_optax._state import Clock, Packed, initial_rates
 from hidlr_optax._step_loss import Evidence, SlopeSource, StepLoss
+from hidlr_optax.curvature._measurement import RESOLUTION, Estimator, measure
 
 _TINY = 1e-30
 

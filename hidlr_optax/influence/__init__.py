@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hidlr_optax._influence_moments import LIMB, Moments, Running, count, start
-from hidlr_optax._influence_report import GroupInfluence, Influence
 from hidlr_optax._state import HiDLRState
+from hidlr_optax.influence._moments import LIMB, Moments, Running, count, start
+from hidlr_optax.influence._report import GroupInfluence, Influence
 
 __all__ = [
     "GroupInfluence",

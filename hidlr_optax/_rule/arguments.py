@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from hidlr_optax._advice import model_hint, whole_numbers
 from hidlr_optax._groups import OUTSIDE, wide
-from hidlr_optax._hold import Hold
-from hidlr_optax._measurement import Estimator, fits_slope
 from hidlr_optax._paths import leaf_paths
+from hidlr_optax._rule.advice import model_hint, whole_numbers
+from hidlr_optax._rule.hold import Hold
 from hidlr_optax._step_loss import SLOPE_SOURCES, SlopeSource, StepLoss
+from hidlr_optax.curvature._measurement import Estimator, fits_slope
 from hidlr_optax.solvers import Coupled, Diagonal
 
 LossFn = Callable[[Any, Any], jax.Array]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from hidlr_optax._groups import Groups
-from hidlr_optax._plan import Plan
+from hidlr_optax.peft._plan import Plan
 
 
 class Absent(NamedTuple):

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from hidlr_optax._groups import wide
-from hidlr_optax._measurement import RESOLUTION, Measurement
 from hidlr_optax._quadratic import Quadratic
 from hidlr_optax._step_loss import StepLoss
+from hidlr_optax.curvature._measurement import RESOLUTION, Measurement
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The transformation and its rules: what moves the learning rates, and the guard."""
