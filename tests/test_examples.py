@@ -19,7 +19,7 @@ def test_the_loss_falls_and_the_rates_are_shown(name, capsys):
     with jax.numpy_dtype_promotion("standard"):  # as users have it
         losses = importlib.import_module(name).main(STEPS[name])
     assert len(losses) == STEPS[name]
-    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     printed = capsys.readouterr().out
     assert "%" in printed
     assert "the guard stepped in " in printed

@@ -108,8 +108,9 @@ def test_a_step_that_ended_where_the_loss_is_flat_keeps_its_rate_whatever_the_cu
     )
     # The gradient is orthogonal to the previous direction in each group.
     grad = {"w": jnp.array([[1.0, -1.0], [2.0, -2.0]]), "v": jnp.array([3.0, -3.0])}
+    update = jax.jit(lambda batch: tx.update(grad, state, _PARAMS, batch=batch, grad=grad))
     for batch in _BATCHES:
-        _, after = tx.update(grad, state, _PARAMS, batch=batch, grad=grad)
+        _, after = update(batch)
         np.testing.assert_allclose(_rates(after)["body"], 0.3, rtol=1e-5)
         np.testing.assert_allclose(_rates(after)["head"], 0.7, rtol=1e-5)
 
