@@ -121,7 +121,7 @@ def milliseconds(compiled: Program, params: Any, data: jax.Array, repeats: int) 
     """Of a step, the mean over whole cycles after the warm-up."""
     params, state = jax.tree.map(jnp.copy, (params, compiled.state))  # they are donated
     rows = [data[n] for n in range(len(data))]  # slicing is not part of a step
-    found = []
+    found, value = [], jnp.zeros(())
     for cycle in range(repeats + 1):
         jax.block_until_ready((params, state))
         start = time.perf_counter()
