@@ -238,7 +238,7 @@ def _looked_in_python(known, seen, turned, finding):
 def test_looks_are_averaged_as_in_a_loop(finding, scale):
     rng = np.random.default_rng(3)
     known = dict.fromkeys(("same", "slope", "curvature", "looks", "preconditioned"), 0.0)
-    known |= {"size": 0.0, "loss": 5.0}
+    early, known = known | {"loss": 0.0}, known | {"loss": 5.0}
     progress = _progress(loss=5.0)
     look = jax.jit(_hold.look)
     for _ in range(30):
@@ -251,13 +251,30 @@ def test_looks_are_averaged_as_in_a_loop(finding, scale):
         }
         turned = rng.uniform()
         known = _looked_in_python(known, seen, turned, finding)
+        early = _looked_in_python(early, seen | {"loss": 1.0}, turned, finding)
         loss = _f32(seen.pop("loss"))
         arguments = _hold.Look(**{name: _f32(x) for name, x in seen.items()})
         progress = look(progress, arguments, _f32(turned), jnp.asarray(finding), loss)
-        size = max(abs(known["same"]), abs(known["slope"]))
-        for name, value in known.items():
-            unit = {"same": size, "slope": size, "curvature": size / scale}.get(name, 1.0)
-            np.testing.assert_allclose(getattr(progress, name), value, rtol=1e-4, atol=1e-5 * unit)
+        for expected, found in ((known, progress), (early, _hold.early(progress))):
+            size = max(abs(expected["same"]), abs(expected["slope"]))
+            units = {"same": size, "slope": size, "curvature": size / scale}
+            for name, value in expected.items():
+                if name != "loss":
+                    tolerance = 1e-5 * units.get(name, 1.0)
+                    np.testing.assert_allclose(
+                        getattr(found, name), value, rtol=1e-4, atol=tolerance
+                    )
+
+
+@pytest.mark.parametrize("finding", [True, False])
+def test_absolute_looks_count_while_the_rates_are_found_and_relative_ones_after_that(finding):
+    absolute = _hold.Averages(*map(_f32, (2.0, 2.0, 1.0)))
+    progress = _progress(same=4.0, slope=4.0, curvature=40.0, size=0.5, peak=1.0)
+    progress = progress._replace(early=absolute)
+    look = _hold.Look(*map(_f32, (0.1, 0.2, 0.01, 0.2)))
+    _, after = _hold.hold().change(progress, look, _f32(1.0), jnp.asarray(finding))
+    _close(after.ratio, 0.1 * (1 / 2 if finding else 40 / 4))
+    _close(after.slope, 4.0)  # the averages themselves stay apart
 
 
 def _ratios_in_python(same, slope, curvature, peak, rate, seen, size):

@@ -11,13 +11,16 @@ the first steps, then ever less, as a stochastic approximation does. A schedule 
 is not followed: it weighs in with the fourth power of its factor.
 
 All averages are kept per unit of the joint rate x, the geometric mean of the K rates, so that they
-need no rescaling when x moves, and relative to the loss at their time: where a loss falls by a
-factor, so do its slopes, and those of its beginning would otherwise outweigh all that came later.
+need no rescaling when x moves. While the rates are found, they are of looks as they are: the
+curvature of a first, steep fall is not that of the run, and early looks outweigh it. After that,
+looks are relative to the loss at their time: where a loss has fallen by a factor, so have its
+slopes, and those of its beginning would outweigh all that comes later.
 """
 
 import dataclasses
 import math
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +49,20 @@ _LEAP = 10.0  # times the usual decrease by the slope, of a step that may leave 
 _JUMP = 0.3  # of the loss: a rise by more than this, where the coming step leads, halves the rates
 
 
+class Averages(NamedTuple):
+    """Of looks, per unit of the joint rate: () float32 each.
+
+    Attributes:
+      same: S = −⟨∇L, u⟩ on the batch that made u.
+      slope: F.
+      curvature: C.
+    """
+
+    same: jax.Array
+    slope: jax.Array
+    curvature: jax.Array
+
+
 class Progress(NamedTuple):
     """Averages that `hold` keeps between updates: () float32 each.
 
@@ -54,6 +71,7 @@ class Progress(NamedTuple):
       slope: F, likewise.
       curvature: C, likewise.
       size: what the last of them were divided by: the loss, without its sign.
+      early: the three of looks as they are, which count while the rates are found.
       looks: how many refreshes the averages hold.
       preconditioned: whether the direction is more than a running sum of gradients, averaged; 0
         with SGD and momentum, 1 with Adam and Lion.
@@ -75,6 +93,7 @@ class Progress(NamedTuple):
     slope: jax.Array
     curvature: jax.Array
     size: jax.Array
+    early: Averages
     looks: jax.Array
     preconditioned: jax.Array
     ratio: jax.Array
@@ -93,7 +112,8 @@ class Progress(NamedTuple):
 def begin() -> Progress:
     """The averages before the first update."""
     values = dict.fromkeys(Progress._fields, 0.0) | {"least": math.inf, "ceiling": math.inf}
-    return Progress(**{name: jnp.array(value, jnp.float32) for name, value in values.items()})
+    arrays: Any = {name: jnp.array(value, jnp.float32) for name, value in values.items()}
+    return Progress(**arrays | {"early": Averages(*(jnp.zeros((), jnp.float32) for _ in range(3)))})
 
 
 class Look(NamedTuple):
@@ -220,29 +240,38 @@ def look(
       finding: whether the rates are still to be found.
       loss: of the look.
     """
-    by = jnp.maximum(jnp.abs(loss), _LEAST_SIZE * jnp.abs(progress.loss))
-    by = jnp.maximum(by, _TINY)
-    unit = jnp.maximum(seen.rate, _TINY)
-    same, slope = seen.same / unit / by, seen.slope / unit / by
-    curvature = seen.curvature / unit**2 / by
-    size = jnp.maximum(jnp.where(progress.looks < 1, same, progress.same), _TINY)
     count, decay = progress.looks, decay_of(finding)
-    slow = jnp.maximum(decay, _SLOPE_DECAY)
+    unit = jnp.maximum(seen.rate, _TINY)
+
+    def joined(before: Averages, by: jax.Array) -> Averages:
+        same, slope = seen.same / unit / by, seen.slope / unit / by
+        curvature = seen.curvature / unit**2 / by
+        size = jnp.maximum(jnp.where(count < 1, same, before.same), _TINY)
+        slow = jnp.maximum(decay, _SLOPE_DECAY)
+        curvature = jnp.clip(curvature, -2 * size / unit, 4 * size / unit)
+        return Averages(
+            same=averaged(before.same, jnp.clip(same, -size, 3 * size), count, slow),
+            slope=averaged(before.slope, jnp.clip(slope, -3 * size, 3 * size), count, slow),
+            curvature=averaged(before.curvature, curvature, count, decay),
+        )
+
+    size = jnp.maximum(jnp.abs(loss), _LEAST_SIZE * jnp.abs(progress.loss))
+    size = jnp.maximum(size, _TINY)
+    relative = Averages(progress.same, progress.slope, progress.curvature)
     return progress._replace(
-        same=averaged(progress.same, jnp.clip(same, -size, 3 * size), count, slow),
-        slope=averaged(progress.slope, jnp.clip(slope, -3 * size, 3 * size), count, slow),
-        curvature=averaged(
-            progress.curvature,
-            jnp.clip(curvature, -2 * size / unit, 4 * size / unit),
-            count,
-            decay,
-        ),
-        size=by,
+        **joined(relative, size)._asdict(),
+        size=size,
+        early=joined(progress.early, jnp.float32(1)),
         looks=count + 1,
         preconditioned=averaged(
             progress.preconditioned, preconditioned, count, jnp.float32(_SLOPE_DECAY)
         ),
     )
+
+
+def early(progress: Progress) -> Progress:
+    """With the averages of looks as they are in place of the relative ones."""
+    return progress._replace(**progress.early._asdict(), size=jnp.ones_like(progress.size))
 
 
 class Ratios(NamedTuple):
@@ -476,8 +505,9 @@ class Hold:
           factor: of the schedule.
           finding: whether the rates are still to be found.
         """
-        ratio = ratios(progress, seen)
-        goal = goal_for(self.goal, self.preconditioned_goal, progress)
+        used = jax.tree.map(partial(jnp.where, finding), early(progress), progress)
+        ratio = ratios(used, seen)
+        goal = goal_for(self.goal, self.preconditioned_goal, used)
         change = jnp.where(finding, find(ratio, goal), keep(ratio, goal, factor, progress.held))
         return change, progress._replace(
             ratio=ratio.average,
