@@ -18,10 +18,17 @@ def as_value_fn(loss_fn: Callable[..., Any], has_aux: bool, *args: Any, **kwargs
     return value_fn
 
 
-def downhill(grad: Any, edit: Callable[[Any], Any] | None) -> Any:
-    """What the optimizer gets: edited, and of complex parameters conjugated, as Optax has it."""
-    grad = jax.tree.map(jnp.conj, grad)
-    return grad if edit is None else edit(grad)
+def evaluated(
+    out_and_grad: tuple[Any, Any], has_aux: bool, edit: Callable[[Any], Any] | None
+) -> tuple[Any, Any, dict[str, Any]]:
+    """What a loss returned, the gradient that the optimizer gets, and what `hidlr` is told.
+
+    The optimizer's is edited, and of complex parameters conjugated, as Optax has it.
+    """
+    out, grad = out_and_grad
+    downhill = jax.tree.map(jnp.conj, grad)
+    downhill = downhill if edit is None else edit(downhill)
+    return out, downhill, {"value": out[0] if has_aux else out, "grad": grad}
 
 
 def take_step(
@@ -70,13 +77,9 @@ def take_step(
       (1.0, True)
     """
     take = value_and_grad or jax.value_and_grad(loss_fn, has_aux=has_aux)
-    out, grad = take(params, *args, **kwargs)
+    out, grad, known = evaluated(take(params, *args, **kwargs), has_aux, edit)
+    value_fn = as_value_fn(loss_fn, has_aux, *args, **kwargs)
     updates, state = optax.with_extra_args_support(tx).update(
-        downhill(grad, edit),
-        state,
-        params,
-        value=out[0] if has_aux else out,
-        grad=grad,
-        value_fn=as_value_fn(loss_fn, has_aux, *args, **kwargs),
+        grad, state, params, value_fn=value_fn, **known
     )
     return optax.apply_updates(params, updates), state, out

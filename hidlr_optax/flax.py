@@ -19,7 +19,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from hidlr_optax._paths import leaf_paths, listing
-from hidlr_optax._take_step import as_value_fn, downhill
+from hidlr_optax._take_step import as_value_fn, evaluated
 from hidlr_optax.peft._partition import trainable_labels
 from hidlr_optax.peft._plan import Plan
 
@@ -111,14 +111,9 @@ class TrainState(train_state.TrainState):
           The new state, and what `loss_fn` returned at the old parameters.
         """
         take = value_and_grad or jax.value_and_grad(loss_fn, has_aux=has_aux)
-        out, grad = take(self.params, *args, **kwargs)
-        stepped = self.apply_gradients(
-            grads=downhill(grad, edit),
-            grad=grad,
-            value=out[0] if has_aux else out,
-            value_fn=as_value_fn(loss_fn, has_aux, *args, **kwargs),
-        )
-        return stepped, out
+        out, grad, known = evaluated(take(self.params, *args, **kwargs), has_aux, edit)
+        value_fn = as_value_fn(loss_fn, has_aux, *args, **kwargs)
+        return self.apply_gradients(grads=grad, value_fn=value_fn, **known), out
 
 
 def take_step(
@@ -167,10 +162,8 @@ def take_step(
     take = value_and_grad or nnx.value_and_grad(
         loss_fn, argnums=nnx.DiffState(0, wrt), has_aux=has_aux
     )
-    out, grad = take(model, *args, **kwargs)
-    edited = downhill(grad, edit)
-    value = out[0] if has_aux else out
-    optimizer.update(model, edited, value_fn=value_fn, value=value, grad=grad)
+    out, grad, known = evaluated(take(model, *args, **kwargs), has_aux, edit)
+    optimizer.update(model, grad, value_fn=value_fn, **known)
     return out
 
 
