@@ -1,4 +1,7 @@
-"""Settings every test runs under: eight host devices for meshes, and no silent type promotion."""
+"""Settings every test runs under: eight host devices for meshes, and no silent type promotion.
+
+Property tests draw the same examples in every run; `--hypothesis-profile=default` searches for new.
+"""
 
 import os
 
@@ -12,9 +15,12 @@ os.environ["XLA_FLAGS"] = (
 # one Cholesky factorisation of a thousand groups inside a scan.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import hypothesis
 import jax
 import pytest
 
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_disable_most_optimizations", True)  # compiling again: a third less time
 

@@ -31,8 +31,12 @@ def _kept(state):
     return {name: Kept(int(kept)) for name, kept in optax.tree.get(state, "kept").items()}
 
 
+def _averages(same=0.0, slope=0.0, curvature=0.0):
+    return _hold.Averages(_f32(same), _f32(slope), _f32(curvature))
+
+
 def _progress(**known):
-    values = {name: _f32(value) for name, value in known.items()}
+    values = {name: jax.tree.map(_f32, value) for name, value in known.items()}
     return _hold.begin()._replace(**values)
 
 
@@ -238,7 +242,7 @@ def _looked_in_python(known, seen, turned, finding):
 def test_looks_are_averaged_as_in_a_loop(finding, scale):
     rng = np.random.default_rng(3)
     known = dict.fromkeys(("same", "slope", "curvature", "looks", "preconditioned"), 0.0)
-    early, known = known | {"loss": 0.0}, known | {"loss": 5.0}
+    absolute, known = known | {"loss": 0.0}, known | {"loss": 5.0}
     progress = _progress(loss=5.0)
     look = jax.jit(_hold.look)
     for _ in range(30):
@@ -251,30 +255,31 @@ def test_looks_are_averaged_as_in_a_loop(finding, scale):
         }
         turned = rng.uniform()
         known = _looked_in_python(known, seen, turned, finding)
-        early = _looked_in_python(early, seen | {"loss": 1.0}, turned, finding)
+        absolute = _looked_in_python(absolute, seen | {"loss": 1.0}, turned, finding)
         loss = _f32(seen.pop("loss"))
         arguments = _hold.Look(**{name: _f32(x) for name, x in seen.items()})
         progress = look(progress, arguments, _f32(turned), jnp.asarray(finding), loss)
-        for expected, found in ((known, progress), (early, _hold.early(progress))):
+        for expected, found in ((known, progress.relative), (absolute, progress.absolute)):
             size = max(abs(expected["same"]), abs(expected["slope"]))
             units = {"same": size, "slope": size, "curvature": size / scale}
-            for name, value in expected.items():
-                if name != "loss":
-                    tolerance = 1e-5 * units.get(name, 1.0)
-                    np.testing.assert_allclose(
-                        getattr(found, name), value, rtol=1e-4, atol=tolerance
-                    )
+            for name, unit in units.items():
+                np.testing.assert_allclose(
+                    getattr(found, name), expected[name], rtol=1e-4, atol=1e-5 * unit
+                )
+        for name in ("size", "looks", "preconditioned"):
+            _close(getattr(progress, name), known[name], rtol=1e-4)
 
 
 @pytest.mark.parametrize("finding", [True, False])
 def test_absolute_looks_count_while_the_rates_are_found_and_relative_ones_after_that(finding):
-    absolute = _hold.Averages(*map(_f32, (2.0, 2.0, 1.0)))
-    progress = _progress(same=4.0, slope=4.0, curvature=40.0, size=0.5, peak=1.0)
-    progress = progress._replace(early=absolute)
+    progress = _progress(
+        absolute=_averages(2.0, 2.0, 1.0), relative=_averages(4.0, 4.0, 40.0), size=0.5, peak=1.0
+    )
     look = _hold.Look(*map(_f32, (0.1, 0.2, 0.01, 0.2)))
     _, after = _hold.hold().change(progress, look, _f32(1.0), jnp.asarray(finding))
     _close(after.ratio, 0.1 * (1 / 2 if finding else 40 / 4))
-    _close(after.slope, 4.0)  # the averages themselves stay apart
+    _close(after.relative, (4.0, 4.0, 40.0))  # the averages themselves stay apart
+    _close(after.absolute, (2.0, 2.0, 1.0))
 
 
 def _ratios_in_python(same, slope, curvature, peak, rate, seen, size):
@@ -289,10 +294,10 @@ def _ratios_in_python(same, slope, curvature, peak, rate, seen, size):
     [(2.0, 1.5, 3.0), (2.0, -1.5, 3.0), (2.0, 0.0, -3.0), (0.0, 1.0, 1.0), (2.0, 1.0, 0.0)],
 )
 def test_the_ratios_are_curvature_over_slope(same, slope, curvature, peak):
-    progress = _progress(same=same, slope=slope, curvature=curvature, peak=peak)
+    averages = _averages(same, slope, curvature)
     for rate, seen, size in ((0.3, 0.7, 1.0), (1e-4, -0.2, 5.0)):
         look = _hold.Look(*map(_f32, (rate, 9.0, seen, 9.0)))
-        found = _hold.ratios(progress._replace(size=_f32(size)), look)
+        found = _hold.ratios(averages, look, _f32(size), _f32(peak))
         _close(found, _ratios_in_python(same, slope, curvature, peak, rate, seen, size))
 
 
@@ -303,8 +308,8 @@ def test_the_goal_is_lower_for_preconditioned_directions_and_falls_with_noise(
 ):
     noise = _clamp(1 - fresh / 2.0, 0, 1)
     expected = (1 - preconditioned) * 1.5 + preconditioned * 1.3 * (1 - 0.8 * noise)
-    progress = _progress(preconditioned=preconditioned, same=2.0, slope=fresh)
-    _close(_hold.goal_for(1.5, 1.3, progress), expected)
+    averages = _averages(same=2.0, slope=fresh)
+    _close(_hold.goal_for(1.5, 1.3, averages, _f32(preconditioned)), expected)
 
 
 def _wanted_in_python(ratio, goal):
@@ -394,11 +399,10 @@ def test_the_guard_is_that_of_plain_python(part, behind, ceiling, least):
     ("descent", "expected"), [(2.9, False), (3.1, True), (-9.0, False), (NAN, False), (INF, True)]
 )
 def test_a_step_far_longer_than_those_before_calls_for_a_look(descent, expected, looks):
-    usual = _progress(
-        same=3.0, size=2.0, loss=1.0, looks=looks
-    )  # 0.3 at this rate, and ten times that 3
+    known = {"relative": _averages(same=3.0), "size": 2.0, "looks": looks}
+    usual = _progress(loss=1.0, **known)  # 0.3 at this rate, and ten times that 3
     assert bool(_hold.leaps(usual, _f32(descent), _f32(0.05))) == (expected and looks > 0)
-    large = _progress(same=3.0, size=2.0, loss=-5.0, looks=looks)
+    large = _progress(loss=-5.0, **known)
     found = _hold.leaps(large, _f32(descent), _f32(0.05))
     assert bool(found) == (descent > 5 and looks > 0)
 
@@ -511,6 +515,7 @@ def _fed_rule(warmup, slope):
 @example(calls=[[0] * 9, [0] * 9, [0] * 4 + [1e38] + [0] * 4, [0, 0, 0, 1, 4, 0, 0, 0, 0]])
 @example(calls=[[0] * 9, [0] * 5 + [1e-30, 0, 0, 0], _STEEP, [0, 0, 0, 1, 0, 0, 0, 1, 0]])
 @example(calls=[[0, 0, 0, 1, 0, 1, -68068160, 0, 0], [0, 0, 0, 0, 0, -1, -68068176, 0, 0]])
+@example(calls=[[0, 0, 0, 2.716856e16, 0, 0.00390625, -1e38, 0, 0]])
 @settings(max_examples=60, deadline=None)
 def test_rates_and_state_stay_finite_and_rates_positive_whatever_is_fed(warmup, slope, calls):
     tx, update = _fed_rule(warmup, slope)

@@ -50,7 +50,7 @@ _JUMP = 0.3  # of the loss: a rise by more than this, where the coming step lead
 
 
 class Averages(NamedTuple):
-    """Of looks, per unit of the joint rate: () float32 each.
+    """Of looks over refreshes, per unit of the joint rate: () float32 each.
 
     Attributes:
       same: S = −⟨∇L, u⟩ on the batch that made u.
@@ -64,14 +64,12 @@ class Averages(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Averages that `hold` keeps between updates: () float32 each.
+    """What `hold` keeps between updates: () float32 each.
 
     Attributes:
-      same: S = −⟨∇L, u⟩ on the batch that made u, relative to the loss, averaged over refreshes.
-      slope: F, likewise.
-      curvature: C, likewise.
-      size: what the last of them were divided by: the loss, without its sign.
-      early: the three of looks as they are, which count while the rates are found.
+      absolute: of looks as they are, which count while the rates are found.
+      relative: of looks relative to the loss at their time, which count later.
+      size: what the last of these were divided by: the loss, without its sign.
       looks: how many refreshes the averages hold.
       preconditioned: whether the direction is more than a running sum of gradients, averaged; 0
         with SGD and momentum, 1 with Adam and Lion.
@@ -89,11 +87,9 @@ class Progress(NamedTuple):
       held: refreshes since the rates were found.
     """
 
-    same: jax.Array
-    slope: jax.Array
-    curvature: jax.Array
+    absolute: Averages
+    relative: Averages
     size: jax.Array
-    early: Averages
     looks: jax.Array
     preconditioned: jax.Array
     ratio: jax.Array
@@ -111,9 +107,10 @@ class Progress(NamedTuple):
 
 def begin() -> Progress:
     """The averages before the first update."""
-    values = dict.fromkeys(Progress._fields, 0.0) | {"least": math.inf, "ceiling": math.inf}
-    arrays: Any = {name: jnp.array(value, jnp.float32) for name, value in values.items()}
-    return Progress(**arrays | {"early": Averages(*(jnp.zeros((), jnp.float32) for _ in range(3)))})
+    none, infinite = (lambda: jnp.zeros((), jnp.float32)), jnp.array(jnp.inf, jnp.float32)
+    fields: Any = {name: none() for name in Progress._fields}
+    fields |= {name: Averages(none(), none(), none()) for name in ("absolute", "relative")}
+    return Progress(**fields)._replace(least=infinite, ceiling=jnp.copy(infinite))
 
 
 class Look(NamedTuple):
@@ -257,21 +254,15 @@ def look(
 
     size = jnp.maximum(jnp.abs(loss), _LEAST_SIZE * jnp.abs(progress.loss))
     size = jnp.maximum(size, _TINY)
-    relative = Averages(progress.same, progress.slope, progress.curvature)
     return progress._replace(
-        **joined(relative, size)._asdict(),
+        absolute=joined(progress.absolute, jnp.float32(1)),
+        relative=joined(progress.relative, size),
         size=size,
-        early=joined(progress.early, jnp.float32(1)),
         looks=count + 1,
         preconditioned=averaged(
             progress.preconditioned, preconditioned, count, jnp.float32(_SLOPE_DECAY)
         ),
     )
-
-
-def early(progress: Progress) -> Progress:
-    """With the averages of looks as they are in place of the relative ones."""
-    return progress._replace(**progress.early._asdict(), size=jnp.ones_like(progress.size))
 
 
 class Ratios(NamedTuple):
@@ -281,22 +272,29 @@ class Ratios(NamedTuple):
     present: jax.Array
 
 
-def ratios(progress: Progress, seen: Look) -> Ratios:
+def ratios(averages: Averages, seen: Look, size: jax.Array, peak: jax.Array) -> Ratios:
     """The ratio q = C/F: the length of a step, in steps to the minimum of its parabola.
 
     F is averaged in both, since one slope is noise, and counts as a tenth of S at least. While a
     schedule warms up, the step is that at the schedule's peak.
+
+    Args:
+      averages: of looks.
+      seen: the last of them.
+      size: what it was divided by in these averages.
+      peak: the largest factor of the schedule so far.
     """
-    share = jnp.maximum(progress.slope, _LEAST_SHARE * jnp.maximum(progress.same, _TINY))
-    unit = jnp.maximum(seen.rate * progress.size, _TINY)
-    present = seen.curvature / unit / share
-    average = progress.curvature * seen.rate / share
-    peak = jnp.where(progress.peak > 0, progress.peak, 1)  # a schedule may begin at zero
+    share = jnp.maximum(averages.slope, _LEAST_SHARE * jnp.maximum(averages.same, _TINY))
+    present = seen.curvature / jnp.maximum(seen.rate * size, _TINY) / share
+    average = averages.curvature * seen.rate / share
+    peak = jnp.where(peak > 0, peak, 1)  # a schedule may begin at zero
     most = 1e6  # slopes that cancel leave a share of nothing
     return Ratios(jnp.clip(average / peak, -most, most), jnp.clip(present / peak, -most, most))
 
 
-def goal_for(goal: float, preconditioned_goal: float, progress: Progress) -> jax.Array:
+def goal_for(
+    goal: float, preconditioned_goal: float, averages: Averages, preconditioned: jax.Array
+) -> jax.Array:
     """The goal of q: less for preconditioned directions, and far less where they hold noise.
 
     A running sum of gradients shrinks as they do, and bears rates up to break-even. A direction
@@ -304,9 +302,9 @@ def goal_for(goal: float, preconditioned_goal: float, progress: Progress) -> jax
     it noise. The share of noise in the slope is ν = 1 − F/S: S is the slope on the batch that made
     the step, F that on the next batch.
     """
-    noise = jnp.clip(1 - progress.slope / jnp.maximum(progress.same, _TINY), 0, 1)
+    noise = jnp.clip(1 - averages.slope / jnp.maximum(averages.same, _TINY), 0, 1)
     lower = preconditioned_goal * (1 - _NOISE * noise)
-    return goal + (lower - goal) * progress.preconditioned
+    return goal + (lower - goal) * preconditioned
 
 
 def _heeded(ratio: Ratios, most: jax.Array) -> jax.Array:
@@ -374,7 +372,7 @@ def leaps(progress: Progress, descent: jax.Array, rate: jax.Array) -> jax.Array:
       descent: by how much the step lowers the loss by its slope.
       rate: the joint rate of the step, schedule included.
     """
-    usual = jnp.maximum(progress.same, 0) * progress.size * rate
+    usual = jnp.maximum(progress.relative.same, 0) * progress.size * rate
     most = jnp.maximum(_LEAP * usual, jnp.abs(progress.loss))
     return (descent > most) & (progress.looks > 0)
 
@@ -505,9 +503,10 @@ class Hold:
           factor: of the schedule.
           finding: whether the rates are still to be found.
         """
-        used = jax.tree.map(partial(jnp.where, finding), early(progress), progress)
-        ratio = ratios(used, seen)
-        goal = goal_for(self.goal, self.preconditioned_goal, used)
+        pick = partial(jnp.where, finding)
+        used = jax.tree.map(pick, progress.absolute, progress.relative)
+        ratio = ratios(used, seen, pick(1.0, progress.size), progress.peak)
+        goal = goal_for(self.goal, self.preconditioned_goal, used, progress.preconditioned)
         change = jnp.where(finding, find(ratio, goal), keep(ratio, goal, factor, progress.held))
         return change, progress._replace(
             ratio=ratio.average,

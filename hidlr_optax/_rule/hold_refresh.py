@@ -260,7 +260,7 @@ class HoldRule:
         unit = joint(rates) * jnp.abs(clock.factor)
         scaled = seen._replace(rate=unit, curvature=seen.curvature * (unit / seen.rate) ** 2)
         change, progress = self.solver.change(state.progress, scaled, clock.factor, clock.finding)
-        ascends = progress.same <= 0
+        ascends = progress.relative.same <= 0
         change = jnp.where(usable & ~ascends & jnp.isfinite(change), change, 0.0)
         return state._replace(progress=progress), change
 
@@ -305,7 +305,7 @@ def _averaged(
     seen = measured.look
     loss = evidence.value.astype(jnp.float32)
     new = look(state.progress, seen, _preconditioned(evidence), clock.finding, loss)
-    known = _finite(seen) & _finite(new) & jnp.isfinite(new.preconditioned)
+    known = _finite((seen, new.absolute, new.relative, new.preconditioned))
     usable = known & measured.resolved & (seen.rate > 0)
     progress = jax.tree.map(lambda new, old: jnp.where(usable, new, old), new, state.progress)
     slope, curvature = measured.slope, measured.curvature
@@ -334,7 +334,7 @@ def _averaged(
 def _statuses(state: Packed, evidence: Evidence, measured: Measured) -> jax.Array:
     """(K,) int32 of `Kept`: the reasons why the refresh leaves rates as they were."""
     finite = _finite(measured.look) & jnp.isfinite(evidence.value)
-    joint_status = jnp.where(state.progress.same <= 0, Kept.ASCENDS, Kept.UPDATED)
+    joint_status = jnp.where(state.progress.relative.same <= 0, Kept.ASCENDS, Kept.UPDATED)
     joint_status = jnp.where(measured.resolved, joint_status, Kept.UNRESOLVED)
     statuses = jnp.where(measured.slope == 0, Kept.NO_SLOPE, joint_status)
     statuses = jnp.where(finite, statuses, Kept.NON_FINITE)
@@ -418,8 +418,8 @@ def _is_sound(evidence: Evidence) -> jax.Array:
     return jnp.isfinite(evidence.value) & jnp.isfinite(square)
 
 
-def _finite(seen: Look | Progress) -> jax.Array:
-    return jnp.isfinite(seen.slope) & jnp.isfinite(seen.curvature) & jnp.isfinite(seen.same)
+def _finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def _slope(evidence: Evidence, step_loss: StepLoss) -> Any:
