@@ -179,3 +179,11 @@ class Groups:
             product = x.astype(wide(x.dtype)) * y.astype(wide(x.dtype))
             sums[k] = sums[k] + jnp.real(jnp.sum(product)).astype(dtype)
         return jnp.stack(sums)
+
+    def squares(self, tree: Any) -> jax.Array:
+        """‖tree_k‖² for every group: (K,), float32 or wider; what is not inexact has no length."""
+
+        def conjugated(leaf: jax.Array) -> jax.Array:
+            return jnp.conj(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else 0 * leaf
+
+        return self.inner([conjugated(leaf) for leaf in _leaves(tree)], _leaves(tree))

@@ -58,18 +58,26 @@ def test_the_joint_rate_is_the_geometric_mean(rates):
     _close(_hold.joint(_f32(rates)), math.prod(rates) ** (1 / len(rates)))
 
 
+@pytest.mark.parametrize("length", [0.0, 0.02, 1e5, NAN])
 @pytest.mark.parametrize("scale", [1e-7, 1.0, 3e5])
 @pytest.mark.parametrize("value", [2.0, -2.0, 0.0, NAN, INF, -INF])
 @pytest.mark.parametrize(
     "slope", [[1.0, 2.0], [1.0, -2.0], [0.0, 2.0], [0.0, 0.0], [1.0, NAN], [INF, 1.0]]
 )
-def test_the_first_step_changes_the_loss_by_three_hundredths(slope, value, scale):
+def test_the_first_step_changes_the_loss_by_three_hundredths_within_a_part_of_the_parameters(
+    slope, value, scale, length
+):
     shape = np.array([1.0, 3.0]) * scale
     steep = shape @ np.abs(slope)
-    known = 0 < steep < INF and math.isfinite(value) and value != 0
+    times = 0.0
+    if 0 < steep < INF:
+        times = 0.03 * abs(value) / steep  # not finite where the value is not
+        if 0 < length < INF and times < INF:
+            longest = length / math.hypot(2.0 * shape[0], 3.0 * shape[1])
+            times = _clamp(times, 1e-3 * longest, longest)
     rates = np.array([0.0, 0.2])
-    expected = shape * 0.03 * abs(value) / steep if known else [shape[0], 0.2]
-    found = jax.jit(_hold.first_rates)(_f32(rates), _f32(shape), _f32(value), _f32(slope))
+    expected = shape * times if 0 < times < INF else [shape[0], 0.2]
+    found = jax.jit(_hold.first_rates)(*map(_f32, (rates, shape, value, slope, [4.0, 9.0], length)))
     assert found.dtype == jnp.float32
     _close(found, expected)
 
@@ -78,7 +86,10 @@ def test_the_first_rates_do_not_depend_on_the_scale_of_the_shape_to_the_last_bit
     for shape in ([1.0], [1.0, 1.0, 1.0]):
         slope = _f32(np.linspace(0.3, 0.7, len(shape)))
         found = [
-            _hold.first_rates(_f32(shape), _f32(shape) * _f32(scale), _f32(2.3), slope)
+            _hold.first_rates(
+                *(_f32(shape), _f32(shape) * _f32(scale), _f32(2.3), slope),
+                *(_f32(np.ones(len(shape))), _f32(1.0)),
+            )
             for scale in (1e-7, 1e-3, 1.0, 17.0)
         ]
         for other in found[1:]:
@@ -216,7 +227,7 @@ def test_the_running_loss_begins_anew_once_the_rates_are_found():
 
 def _looked_in_python(known, seen, turned, finding):
     """The averages after one look; `known` has those and their number."""
-    by = max(abs(seen["loss"]), 1e-3 * abs(known["loss"]), 1e-30)
+    by = max(abs(seen["loss"]), 1e-3 * abs(known["loss"]), 1e-3 * abs(seen["same"]), 1e-30)
     same, slope = seen["same"] / seen["rate"] / by, seen["slope"] / seen["rate"] / by
     curvature = seen["curvature"] / seen["rate"] ** 2 / by
     size = max(same if known["looks"] == 0 else known["same"], 1e-30)
@@ -364,30 +375,32 @@ def test_a_step_that_does_harm_is_shortened_as_in_plain_python(ahead):
         np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-def _guarded_in_python(mean, least, spread, ceiling, behind, part, loss, rate):
+def _guarded_in_python(mean, least, spread, ceiling, behind, part, loss, rate, usual):
     """The factor, the ceiling, the least loss and whether that is forgotten.
 
     Of losses averaged with 0.95ⁿ, n back.
     """
     squares = sum((0.05 * 0.95**n) ** 2 for n in range(2000))
     strays = mean - least > 2.5 * math.sqrt(spread * squares)
-    if strays or behind > 0.3 * max(abs(loss), abs(mean)):
+    if strays or behind > 0.3 * max(abs(loss), abs(mean), usual):
         part = min(part, 0.5)
     if strays:
         ceiling, least = min(ceiling, rate / 2), INF
     return part, ceiling, least, strays
 
 
-@pytest.mark.parametrize("part", [1.0, 0.5, 0.3, 1e-5])
-@pytest.mark.parametrize("behind", [-1.0, 0.59, 0.61, NAN, INF])
+@pytest.mark.parametrize("usual", [-9.0, 1.9, 4.0])  # what such a step wins by its slope
+@pytest.mark.parametrize("part", [1.0, 0.5, 1e-5])
+@pytest.mark.parametrize("behind", [-1.0, 0.59, 0.61, 1.21, NAN, INF])
 @pytest.mark.parametrize("ceiling", [INF, 0.05, 10.0])
 @pytest.mark.parametrize("least", [INF, 1.0, 1.79, 1.81])
-def test_the_guard_is_that_of_plain_python(part, behind, ceiling, least):
+def test_the_guard_is_that_of_plain_python(usual, part, behind, ceiling, least):
     mean, spread, loss, rate = 2.0, 0.25, 1.0, 0.2
     known = {"spread": 99.0, "least_spread": spread, "ceiling": ceiling, "losses": 30.0}
-    progress = _progress(loss=mean, least=least, **known)
+    slopes = _averages(same=usual / 0.5 / rate)
+    progress = _progress(loss=mean, least=least, relative=slopes, size=0.5, **known)
     found = _hold.guard(progress, *map(_f32, (behind, part, loss, rate)))
-    expected = _guarded_in_python(mean, least, spread, ceiling, behind, part, loss, rate)
+    expected = _guarded_in_python(mean, least, spread, ceiling, behind, part, loss, rate, usual)
     factor, top, lowest, forgotten = expected
     np.testing.assert_allclose(found.cut, math.log(factor), rtol=1e-4)
     _close([found.progress.ceiling, found.progress.least], [top, lowest])

@@ -134,3 +134,95 @@ def test_no_run_dies_where_the_loss_has_fallen_far(turned_digits, rule, schedule
     with jax.numpy_dtype_promotion("standard"):  # AdamW's own
         found = list(hard_cases.results(turned_digits, make, schedule, range(3)))
     assert all(before > 10 and after < 1.5 for before, after in found)
+
+
+def _rewarded(make, passes=2, iterations=100):
+    """The mean reward of the last batches of a policy that is trained as proximal policies are.
+
+    The ratio to the policy that has acted is 1 at the first pass, and advantages have mean zero: so
+    the value of the loss is zero whatever the policy, and its gradient is not.
+    """
+    right = jax.random.normal(jax.random.key(9), (6, 8))
+
+    def logits(params, x):
+        return jnp.tanh(x @ params["w"]) @ params["v"]
+
+    def log_likelihood(params, x, action):
+        return jnp.take_along_axis(jax.nn.log_softmax(logits(params, x)), action[:, None], 1)[:, 0]
+
+    def loss(params, batch):
+        x, action, advantage, before = batch
+        ratio = jnp.exp(log_likelihood(params, x, action) - before)
+        clipped = jnp.clip(ratio, 0.8, 1.2)
+        return -jnp.mean(jnp.minimum(ratio * advantage, clipped * advantage))
+
+    tx = optax.with_extra_args_support(make(loss))
+
+    def update(batch, carry):
+        params, state = carry
+        value, grad = jax.value_and_grad(loss)(params, batch)
+        updates, state = tx.update(grad, state, params, batch=batch, value=value, grad=grad)
+        return optax.apply_updates(params, updates), state
+
+    def iteration(carry, key):
+        to_look, to_act = jax.random.split(key)
+        x = jax.random.normal(to_look, (256, 6))
+        action = jax.random.categorical(to_act, logits(carry[0], x))
+        reward = (action == jnp.argmax(x @ right, 1)).astype(jnp.float32)
+        advantage = (reward - reward.mean()) / (reward.std() + 1e-6)
+        batch = x, action, advantage, log_likelihood(carry[0], x, action)
+        return jax.lax.fori_loop(0, passes, lambda _, c: update(batch, c), carry), reward.mean()
+
+    def train(keys):
+        to_w, to_v = jax.random.split(jax.random.key(1))
+        params = {
+            "w": jax.random.normal(to_w, (6, 32)) / 2.4,
+            "v": 0.01 * jax.random.normal(to_v, (32, 8)),
+        }
+        return jax.lax.scan(iteration, (params, tx.init(params)), keys)[1]
+
+    with jax.numpy_dtype_promotion("standard"):  # Adam's own
+        rewards = jax.jit(train)(jax.random.split(jax.random.key(3), iterations))
+    return float(jnp.mean(rewards[-10:]))
+
+
+def test_a_policy_learns_whose_loss_is_zero_whatever_it_is():
+    rewards = [
+        _rewarded(lambda loss: optax.adam(0.01)),
+        _rewarded(lambda loss: optax.chain(optax.adam(1.0), hd.hidlr(loss, {"w": "w", "v": "v"}))),
+        _rewarded(lambda loss: optax.chain(optax.adam(1.0), hd.hiulr(loss))),
+    ]
+    assert min(rewards) > 0.5  # one eighth at the beginning
+
+
+@pytest.mark.parametrize("direction", [optax.adamw(1.0), optax.sgd(1.0)], ids=["AdamW", "SGD"])
+@pytest.mark.parametrize("constant", [-1.0, 10.0])
+def test_a_constant_in_the_loss_kills_no_run(direction, constant):
+    rng = np.random.default_rng(0)
+    x, to_hidden, to_classes = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((1024, 16), (16, 6), (16, 64))
+    )
+    y = jnp.argmax(x @ to_hidden, 1)
+
+    def loss(params, batch):
+        logits = jax.nn.relu(batch[0] @ params["a"]) @ params["b"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean() + constant
+
+    tx = optax.chain(direction, hd.hidlr(loss, {"a": "a", "b": "b"}))
+
+    def step(carry, key):
+        params, state = carry
+        chosen = jax.random.randint(key, (32,), 0, len(x))
+        batch = x[chosen], y[chosen]
+        value, grad = jax.value_and_grad(loss)(params, batch)
+        updates, state = tx.update(grad, state, params, batch=batch, value=value, grad=grad)
+        return (optax.apply_updates(params, updates), state), None
+
+    params = {"a": to_classes / 4, "b": jnp.zeros((64, 6))}
+    keys = jax.random.split(jax.random.key(0), 200)
+    with jax.numpy_dtype_promotion("standard"):  # AdamW's own
+        (params, _), _ = jax.jit(lambda start: jax.lax.scan(step, start, keys))(
+            (params, tx.init(params))
+        )
+    assert float(loss(params, (x, y))) - constant < 0.5  # 1.79 at the beginning

@@ -40,7 +40,8 @@ _TURN = 10.0  # a cosine with the gradient of 1 − 1/10 or less is precondition
 _NOISE = 0.8  # how much of the goal a slope that is all noise takes away
 _SPLIT_STEP = 0.15  # part of the way to equal ratios that a split moves the groups
 _START = 3e-2  # of the loss: what the first step, by its slope alone, is to change it by
-_LEAST_SIZE = 1e-3  # of the running loss, that looks are relative to: a loss may cross zero
+_SHORTEST_START, _LONGEST_START = 1e-3, 1.0  # of the length of the parameters: that of this step
+_LEAST_SIZE = 1e-3  # of the running loss and the slope, that looks are relative to at least
 _STRAY = 2.5  # standard errors of the running loss above its least, from where it strays
 _ALARM = 4.0  # standard deviations of the loss above the running one that call for a look
 _SHORTEST = 0.1  # of a step that is looked at before it is taken, at once
@@ -135,17 +136,37 @@ def joint(rates: jax.Array) -> jax.Array:
 
 
 def first_rates(
-    rates: jax.Array, shape: jax.Array, value: jax.Array, slope: jax.Array
+    rates: jax.Array,
+    shape: jax.Array,
+    value: jax.Array,
+    slope: jax.Array,
+    squares: jax.Array,
+    length: jax.Array,
 ) -> jax.Array:
     """(K,) rates in these proportions whose first step changes the loss by three hundredths.
 
-    By its slopes alone: Σ η_k |b_k| = 0.03 |L|. Where that says nothing, `rates` stay; the shape
-    takes their place where they are zero.
+    By its slopes alone: Σ η_k |b_k| = 0.03 |L|. A loss may be zero whatever its slopes are, or
+    carry a constant, so the step is also a thousandth of the length of all parameters at least, and
+    that length at most. Where neither says anything, `rates` stay; the shape takes their place
+    where they are zero.
+
+    Args:
+      rates: at the beginning, (K,).
+      shape: their proportions, (K,).
+      value: L, ().
+      slope: b, (K,).
+      squares: ‖u_k‖², (K,).
+      length: ‖w‖, ().
     """
     parts = shape / jnp.max(shape)  # the same to the last bit, whatever the scale of the shape
-    scale = _START * jnp.abs(value) / jnp.sum(parts * jnp.abs(slope))
-    kept = jnp.where(rates > 0, rates, shape)
-    return jnp.where(jnp.isfinite(scale) & (scale > 0), scale * parts, kept)
+    steep = jnp.sum(parts * jnp.abs(slope))
+    scale = _START * jnp.abs(value) / steep
+    longest = length / jnp.sqrt(jnp.sum(parts**2 * squares))
+    bounded = jnp.clip(scale, _SHORTEST_START * longest, _LONGEST_START * longest)
+    has_bounds = jnp.isfinite(scale) & jnp.isfinite(longest) & (longest > 0)
+    scale = jnp.where(has_bounds, bounded, scale)
+    known = jnp.isfinite(steep) & jnp.isfinite(scale) & (scale > 0)
+    return jnp.where(known, scale * parts, jnp.where(rates > 0, rates, shape))
 
 
 def averaged(mean: jax.Array, new: jax.Array, count: jax.Array, decay: jax.Array) -> jax.Array:
@@ -252,8 +273,8 @@ def look(
             curvature=averaged(before.curvature, curvature, count, decay),
         )
 
-    size = jnp.maximum(jnp.abs(loss), _LEAST_SIZE * jnp.abs(progress.loss))
-    size = jnp.maximum(size, _TINY)
+    least = _LEAST_SIZE * jnp.maximum(jnp.abs(progress.loss), jnp.abs(seen.same))
+    size = jnp.maximum(jnp.maximum(jnp.abs(loss), least), _TINY)
     return progress._replace(
         absolute=joined(progress.absolute, jnp.float32(1)),
         relative=joined(progress.relative, size),
@@ -372,9 +393,13 @@ def leaps(progress: Progress, descent: jax.Array, rate: jax.Array) -> jax.Array:
       descent: by how much the step lowers the loss by its slope.
       rate: the joint rate of the step, schedule included.
     """
-    usual = jnp.maximum(progress.relative.same, 0) * progress.size * rate
-    most = jnp.maximum(_LEAP * usual, jnp.abs(progress.loss))
+    most = jnp.maximum(_LEAP * _usual(progress, rate), jnp.abs(progress.loss))
     return (descent > most) & (progress.looks > 0)
+
+
+def _usual(progress: Progress, rate: jax.Array) -> jax.Array:
+    """By how much a step at this joint rate lowers the loss by its slope, on average."""
+    return jnp.maximum(progress.relative.same, 0) * progress.size * rate
 
 
 def shortened(
@@ -426,7 +451,9 @@ def guard(
     """
     error = jnp.sqrt(progress.least_spread * (1 - _LOSS_DECAY) / (1 + _LOSS_DECAY))
     strays = progress.loss - progress.least > _STRAY * error
-    harmed = (behind > _JUMP * _size(progress, loss)) | strays
+    # A loss may be zero whatever the step does to it: then by what the step should have won.
+    size = jnp.maximum(_size(progress, loss), _usual(progress, rate))
+    harmed = (behind > _JUMP * size) | strays
     kept = jnp.where(harmed, jnp.minimum(part, _FALL), part)
     ceiling = jnp.where(strays, jnp.minimum(rate * _FALL, progress.ceiling), progress.ceiling)
     watched = forget_losses(progress._replace(ceiling=ceiling), strays)

@@ -169,10 +169,16 @@ class HoldRule:
         rates = state.group_learning_rates
         if same is None:
             return rates
-        value = evidence.value.astype(jnp.float32)
-        begins = (state.progress.looks == 0) & clock.finding
-        proportions = self._proportions(evidence.coming.groups)
-        return jnp.where(begins, first_rates(rates, proportions, value, same), rates)
+        coming, begins = evidence.coming, (state.progress.looks == 0) & clock.finding
+        first = first_rates(
+            rates,
+            self._proportions(coming.groups),
+            evidence.value.astype(jnp.float32),
+            same,
+            coming.groups.squares(coming.direction).astype(jnp.float32),
+            jnp.sqrt(jnp.sum(coming.groups.squares(coming.params))).astype(jnp.float32),
+        )
+        return jnp.where(begins, first, rates)
 
     def _measure(
         self,
@@ -358,11 +364,14 @@ def _preconditioned(evidence: Evidence) -> jax.Array:
     def inner(left: Any, right: Any) -> jax.Array:
         return jnp.sum(coming.groups.inner(left, right)).astype(jnp.float32)
 
+    def square(tree: Any) -> jax.Array:
+        return jnp.sum(coming.groups.squares(tree)).astype(jnp.float32)
+
     return preconditioned(
-        direction=inner(direction, direction),
-        previous=inner(before, before),
-        gradient=inner(grad, grad),
-        ahead=inner(direction, before),
+        direction=square(direction),
+        previous=square(before),
+        gradient=square(grad),
+        ahead=inner(jax.tree.map(jnp.conj, direction), before),
         down=inner(direction, grad),
         across=inner(before, grad),
     )
@@ -414,7 +423,7 @@ def _guarded(
 def _is_sound(evidence: Evidence) -> jax.Array:
     """Whether the loss at the parameters and the coming direction are finite."""
     coming = evidence.coming
-    square = jnp.sum(coming.groups.inner(coming.direction, coming.direction)).astype(jnp.float32)
+    square = jnp.sum(coming.groups.squares(coming.direction)).astype(jnp.float32)
     return jnp.isfinite(evidence.value) & jnp.isfinite(square)
 
 

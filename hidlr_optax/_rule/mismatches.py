@@ -127,7 +127,7 @@ def _factor(
     given = jnp.sum(coming.slope(grad)).astype(jnp.float32)
 
     def norm(tree: Any) -> jax.Array:
-        return jnp.sqrt(jnp.sum(coming.groups.inner(tree, tree)).astype(jnp.float32))
+        return jnp.sqrt(jnp.sum(coming.groups.squares(tree)).astype(jnp.float32))
 
     rounding = _SLOPE_PART * norm(grad) * norm(coming.direction)
     # Of the larger one: a gradient that is far too small has small norms, too.
@@ -146,7 +146,7 @@ def _counted(new: Packed, evidence: Evidence) -> Packed:
     refreshes at which no group goes downhill, `highest_learning_rates` is what the rates once were.
     """
     coming = evidence.coming
-    still = coming.groups.inner(coming.direction, coming.direction) == 0
+    still = coming.groups.squares(coming.direction) == 0
     slope = evidence.slope(coming)
     slope = new.measured_slope if slope is None else slope
     ascends = jnp.all(slope <= 0) & jnp.any(slope < 0)

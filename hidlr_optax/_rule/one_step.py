@@ -167,7 +167,7 @@ class OneStepRule:
         change = (after.astype(dtype) - value.astype(dtype)).astype(jnp.float32)
         factor = guard_factor(found, change, value.astype(jnp.float32), slope, self.max_rise)
         # A step that is not finite at any rate says nothing about the rates.
-        squares = coming.groups.inner(coming.direction, coming.direction)
+        squares = coming.groups.squares(coming.direction)
         factor = jnp.where(jnp.isfinite(value) & jnp.all(jnp.isfinite(squares)), factor, 1.0)
         return found * factor, factor < 1
 
