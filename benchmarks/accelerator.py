@@ -12,22 +12,20 @@ import argparse
 import concurrent.futures
 import json
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import data
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from costs import Problem, Program, bare, behind_adamw, milliseconds, program
 from flax import nnx
 from models import gpt
 from tables import markdown
 
 import hidlr_optax as hd
 
-WARM = 21  # steps before the clock starts: the rates are found, and every branch has run
 CYCLE = 40  # steps that are timed: at Φ = 10 four refreshes, of which one is a split
 
 
@@ -66,94 +64,48 @@ OTHERS = [
 ]
 
 
-def language_model(config: gpt.Config) -> tuple[Any, Callable[[Any, Any], jax.Array]]:
-    """The parameters, float32, and the loss with arithmetic in bfloat16."""
+def language_model(config: gpt.Config, size: int) -> Problem:
+    """Parameters in float32, arithmetic in bfloat16, the loss in float32."""
     graph, params = nnx.split(gpt.GPT(config, nnx.Rngs(0)))
 
-    def loss(params: Any, tokens: jax.Array) -> jax.Array:
+    def outputs(params: Any, tokens: jax.Array) -> jax.Array:
         low = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
-        logits = nnx.merge(graph, low)(tokens[:, :-1]).astype(jnp.float32)
+        return nnx.merge(graph, low)(tokens[:, :-1]).astype(jnp.float32)
+
+    def output_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
-    return nnx.to_pure_dict(params), loss
+    tokens = jnp.asarray(data.help_bytes(16, size, config.positions))
+    return Problem(nnx.to_pure_dict(params), outputs, output_loss, tokens)
 
 
-def batches(count: int, size: int, length: int) -> jax.Array:
-    """Bytes of Python's help texts: (count, size, length + 1) int32."""
-    from pydoc_data.topics import topics
-
-    text = np.frombuffer(" ".join(map(str, topics.values())).encode("ascii", "ignore"), np.uint8)
-    starts = np.random.default_rng(0).integers(0, len(text) - length - 1, (count, size, 1))
-    return jnp.asarray(text[starts + np.arange(length + 1)].astype(np.int32))
-
-
-def transformation(setting: Setting, params: Any, loss: Any) -> Any:
-    """AdamW, with the rule after it where there is one."""
+def compiled(setting: Setting, problem: Problem) -> Program:
+    """AdamW's step, with the rule after it where there is one."""
     if setting.groups == 0:
-        return optax.with_extra_args_support(optax.adamw(1e-4))
-    labels = hd.label_by_depth(params, setting.groups) if setting.groups > 1 else "all"
-    rule = hd.hidlr(loss, labels, update_interval=setting.interval, **setting.arguments)
-    return optax.chain(optax.adamw(1.0), rule)
+        return program(bare(), problem)
+    labels = hd.label_by_depth(problem.params, setting.groups) if setting.groups > 1 else "all"
+    rule = hd.hidlr(problem.loss, labels, update_interval=setting.interval, **setting.arguments)
+    return program(behind_adamw(rule), problem)
 
 
-class Program(NamedTuple):
-    """A compiled training step, and the state that it begins with."""
-
-    step: Any
-    state: Any
-
-
-def program(setting: Setting, params: Any, loss: Any, batch: Any) -> Program:
-    """Compiles the step of a setting."""
-    tx = transformation(setting, params, loss)
-
-    def step(params: Any, state: Any, batch: Any) -> Any:
-        value, grad = jax.value_and_grad(loss)(params, batch)
-        updates, state = tx.update(grad, state, params, batch=batch, value=value, grad=grad)
-        return optax.apply_updates(params, updates), state, value
-
-    state = tx.init(params)
-    jitted = jax.jit(step, donate_argnums=(0, 1))
-    return Program(jitted.lower(params, state, batch).compile(), state)
-
-
-def milliseconds(compiled: Program, params: Any, data: jax.Array, repeats: int) -> list[float]:
-    """Of a step, the mean over whole cycles after the warm-up."""
-    params, state = jax.tree.map(jnp.copy, (params, compiled.state))  # they are donated
-    rows = [data[n] for n in range(len(data))]  # slicing is not part of a step
-    found, value = [], jnp.zeros(())
-    for cycle in range(repeats + 1):
-        jax.block_until_ready((params, state))
-        start = time.perf_counter()
-        steps = WARM if cycle == 0 else CYCLE
-        for n in range(steps):
-            params, state, value = compiled.step(params, state, rows[n % len(rows)])
-        jax.block_until_ready((params, state))
-        found.append(1e3 * (time.perf_counter() - start) / steps)
-        assert np.isfinite(value)
-    return found[1:]
-
-
-def compiled(settings: list[Setting], *args: Any) -> dict[int, Program]:
-    """The programs by the place of their setting, compiled side by side."""
+def side_by_side(settings: list[Setting], problem: Problem) -> dict[int, Program]:
+    """The programs by the place of their setting."""
     first, *others = range(len(settings))
-    found = {first: program(settings[first], *args)}  # alone: the kernels it chooses are cached
+    found = {first: compiled(settings[first], problem)}  # alone: the kernels it chooses are cached
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        jobs = {n: pool.submit(program, settings[n], *args) for n in others}
+        jobs = {n: pool.submit(compiled, settings[n], problem) for n in others}
         return found | {n: job.result() for n, job in jobs.items()}
 
 
-def rows_of(settings: list[Setting], config: gpt.Config, size: int, repeats: int, save: Any) -> Any:
+def rows_of(settings: list[Setting], problem: Problem, repeats: int, save: Any) -> Any:
     """One row per setting; `save` is called with all of them after each."""
-    params, loss = language_model(config)
-    data = batches(16, size, config.positions)
-    programs = compiled(settings, params, loss, data[0])
+    programs = side_by_side(settings, problem)
     base = programs[0]
     rows: list[dict[str, Any]] = []
-    before = milliseconds(base, params, data, repeats)
+    before = milliseconds(base, problem, repeats, CYCLE)
     for n, setting in enumerate(settings):
-        own = milliseconds(programs[n], params, data, repeats)
-        after = milliseconds(base, params, data, repeats)
+        own = milliseconds(programs[n], problem, repeats, CYCLE)
+        after = milliseconds(base, problem, repeats, CYCLE)
         usual = statistics.median([*before, *after])
         before = after
         analysis = programs[n].step.memory_analysis()
@@ -166,7 +118,7 @@ def rows_of(settings: list[Setting], config: gpt.Config, size: int, repeats: int
                 "relative_speed": usual / statistics.median(own),
                 "lowest": usual / max(own),
                 "highest": usual / min(own),
-                "temporaries_mib": analysis.temp_size_in_bytes / 2**20,
+                "temporaries_mib": programs[n].temporaries,
                 "arguments_mib": analysis.argument_size_in_bytes / 2**20,
             }
         )
@@ -212,7 +164,7 @@ def main() -> None:
     def save(rows: list[dict[str, Any]]) -> None:
         args.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
 
-    rows = rows_of(settings, config, size, repeats, save)
+    rows = rows_of(settings, language_model(config, size), repeats, save)
     print(machine, table(rows), sep="\n\n")
 
 

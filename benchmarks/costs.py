@@ -1,0 +1,114 @@
+"""Training steps with and without `hidlr`: compiled, timed beside each other, and their memory."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+WARM = 21  # steps before the clock starts: the rates are found, and every branch has run
+
+
+class Problem(NamedTuple):
+    """What is trained.
+
+    Attributes:
+      params: to begin with.
+      outputs: (params, batch) -> of the model.
+      output_loss: (outputs, batch) -> scalar.
+      data: batches, stacked.
+    """
+
+    params: Any
+    outputs: Callable[[Any, Any], Any]
+    output_loss: Callable[[Any, Any], jax.Array]
+    data: Any
+
+    def loss(self, params: Any, batch: Any) -> jax.Array:
+        """Of a batch."""
+        return self.output_loss(self.outputs(params, batch), batch)
+
+    def batch(self, n: int) -> Any:
+        """The n-th, over and over."""
+        return jax.tree.map(lambda leaf: leaf[n % len(leaf)], self.data)
+
+
+class Program(NamedTuple):
+    """A compiled training step, the state that it begins with, and the seconds of compiling it."""
+
+    step: Any
+    state: Any
+    seconds: float
+
+    @property
+    def temporaries(self) -> float:
+        """By XLA's memory analysis, MiB."""
+        return self.step.memory_analysis().temp_size_in_bytes / 2**20
+
+
+def bare() -> optax.GradientTransformationExtraArgs:
+    """The base optimizer."""
+    return optax.with_extra_args_support(optax.adamw(1e-4))
+
+
+def behind_adamw(rule: Any) -> optax.GradientTransformationExtraArgs:
+    """AdamW's direction with a rule after it."""
+    return optax.chain(optax.adamw(1.0), rule)
+
+
+def program(tx: optax.GradientTransformationExtraArgs, problem: Problem, **static: Any) -> Program:
+    """Traces and compiles a step; `static` keywords are handed to `update`."""
+
+    def step(params: Any, state: Any, batch: Any) -> Any:
+        value, grad = jax.value_and_grad(problem.loss)(params, batch)
+        told = {"batch": batch, "value": value, "grad": grad} | static
+        updates, state = tx.update(grad, state, params, **told)
+        return optax.apply_updates(params, updates), state, value
+
+    state = tx.init(problem.params)
+    start = time.perf_counter()
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    compiled = jitted.lower(problem.params, state, problem.batch(0)).compile()
+    return Program(compiled, state, time.perf_counter() - start)
+
+
+def milliseconds(
+    compiled: Program, problem: Problem, repeats: int, cycle: int, warm: int = WARM
+) -> list[float]:
+    """Of a step, the mean over each of `repeats` cycles of steps after the warm-up."""
+    # Copies, since both are donated.
+    params, state = jax.tree.map(jnp.copy, (problem.params, compiled.state))
+    batches = [problem.batch(n) for n in range(max(cycle, warm))]  # slicing is not part of a step
+    found, value = [], jnp.zeros(())
+    for steps in (warm, *[cycle] * repeats):
+        jax.block_until_ready((params, state))
+        start = time.perf_counter()
+        for n in range(steps):
+            params, state, value = compiled.step(params, state, batches[n])
+        jax.block_until_ready((params, state))
+        found.append(1e3 * (time.perf_counter() - start) / steps)
+        assert np.isfinite(value)
+    return found[1:]
+
+
+class Beside(NamedTuple):
+    """Milliseconds of a step, and of the base optimizer's before and after it."""
+
+    own: list[float]
+    base: list[float]
+
+    @property
+    def relative_speed(self) -> float:
+        """The base optimizer's time over its own."""
+        return statistics.median(self.base) / statistics.median(self.own)
+
+
+def beside(base: Program, own: Program, problem: Problem, repeats: int, cycle: int) -> Beside:
+    """Times a program between two runs of the base optimizer's."""
+    before = milliseconds(base, problem, repeats, cycle)
+    times = milliseconds(own, problem, repeats, cycle)
+    return Beside(times, before + milliseconds(base, problem, repeats, cycle))
