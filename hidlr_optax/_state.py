@@ -85,8 +85,22 @@ _PER_GROUP = (
 )
 
 
+def _check_names(state: Stored, groups: Groups) -> None:
+    """Raises a ValueError where the state was made, or restored, with other labels."""
+    found = sorted(state.group_learning_rates)
+    missing = [name for name in groups.names if name not in found]
+    unknown = [name for name in found if name not in groups.names]
+    if missing or unknown:
+        raise ValueError(
+            f"the state has the rates of other groups, {found}; the groups of the labels are "
+            f"{list(groups.names)}, missing are {missing}, not among them are {unknown}. Restore a "
+            "checkpoint with the labels that it was made with, or begin with tx.init(params)"
+        )
+
+
 def pack(state: Stored, groups: Groups) -> Packed:
     """The state with (K,) arrays for the dicts keyed by label."""
+    _check_names(state, groups)
     fields: dict[str, Any] = {name: groups.pack(getattr(state, name)) for name in _PER_GROUP}
     return HiDLRState(**state._asdict() | fields)
 
