@@ -187,6 +187,8 @@ def _recorded(
     """The state with what was measured, its averages, and influence per parameter (PPI)."""
     sizes = jnp.asarray(coming.groups.sizes, jnp.float32)
     convex = (kept == Kept.UPDATED) & (quadratic.curvature > measured.least_curvature)
+    ppi = influence_per_parameter(quadratic, sizes)
+    has_influence = convex & jnp.isfinite(ppi)  # the square of a huge slope is not
     slope, curvature, _ = measured.quadratic
     is_resolved = jnp.isfinite(curvature) & (jnp.abs(curvature) > measured.least_curvature)
     return state._replace(
@@ -194,7 +196,7 @@ def _recorded(
         slope=quadratic.slope,
         curvature=quadratic.curvature,
         coupling=quadratic.coupling,
-        influence=jnp.where(convex, influence_per_parameter(quadratic, sizes), state.influence),
+        influence=jnp.where(has_influence, ppi, state.influence),
         measured_slope=jnp.where(jnp.isfinite(slope), slope, 0),
         measured_curvature=jnp.where(is_resolved, curvature, 0),
         kept=kept,
@@ -258,6 +260,7 @@ def guard_factor(
       limit: the rise, as a part of the loss, that is let pass.
     """
     descent = jnp.float32(0) if slope is None else slope.astype(jnp.float32) @ rates
+    descent = jnp.where(jnp.isfinite(descent), descent, 0)  # as where it is not known
     curve = change + descent
     best = descent / (2 * jnp.where(curve > 0, curve, 1))
     best = jnp.where((descent > 0) & (curve > 0), jnp.clip(best, 0.1, 0.5), 0.5)
