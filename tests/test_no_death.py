@@ -190,7 +190,6 @@ def test_a_policy_learns_whose_loss_is_zero_whatever_it_is():
     rewards = [
         _rewarded(lambda loss: optax.adam(0.01)),
         _rewarded(lambda loss: optax.chain(optax.adam(1.0), hd.hidlr(loss, {"w": "w", "v": "v"}))),
-        _rewarded(lambda loss: optax.chain(optax.adam(1.0), hd.hiulr(loss))),
     ]
     assert min(rewards) > 0.5  # one eighth at the beginning
 
