@@ -57,12 +57,12 @@ class Store(NamedTuple):
     Attributes:
       path: the file to append to.
       fields: the names whose entries, with the seed, tell runs apart.
-      baselines: the file under `RESULTS` of rows that were published.
+      baselines: the file under `RESULTS` of rows that were published, or None.
     """
 
     path: Path
     fields: tuple[str, ...]
-    baselines: str
+    baselines: str | None = None
 
     def _identity(self, row: Row) -> tuple[Any, ...]:
         return identity(row, self.fields)
@@ -71,7 +71,7 @@ class Store(NamedTuple):
         """All runs so far, each once: where both files have it, that of `path`."""
         own = read(self.path)
         known = set(map(self._identity, own))
-        published = read(RESULTS / self.baselines)
+        published = read(RESULTS / self.baselines) if self.baselines else []
         return [row for row in published if self._identity(row) not in known] + own
 
     def result(self, job: Job, seed: int) -> list[Row]:
