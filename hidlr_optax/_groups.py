@@ -6,7 +6,7 @@ be rebuilt at trace time and never enters a computation as a value.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,9 @@ OUTSIDE = (
     "hidlr has to be outermost: put it after partition/masked/flatten in the chain, as in "
     "chain(partition(...), hidlr(...)), not inside"
 )
+
+
+_LONGEST_ROW = 8192  # numbers that are added one after the other
 
 
 def check_not_module(params: Any) -> None:
@@ -48,6 +51,34 @@ def _is_double(leaf: jax.Array) -> bool:
 
 def _leaves(tree: Any) -> list[jax.Array]:
     return [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def _product(left: jax.Array, right: jax.Array, dtype: Any) -> jax.Array:
+    """Re(conj(left) · right), element by element."""
+    if jnp.iscomplexobj(left) or jnp.iscomplexobj(right):
+        dtype = jnp.complex128 if dtype == jnp.float64 else jnp.complex64
+    return jnp.real(jnp.conj(left.astype(dtype)) * right.astype(dtype))
+
+
+def _sums(terms: list[jax.Array]) -> jax.Array:
+    """The sum of each of some arrays of one shape, as one array.
+
+    Of several matrices, first along the rows of all of them at once: one kernel reads each leaf
+    once, and there is one to compile where there would be as many as arrays. Such a sum adds term
+    after term on a CPU, so long rows are left to `jnp.sum`, which does not lose small ones.
+    """
+    shape = terms[0].shape
+    if len(terms) > 1 and len(shape) > 1 and 0 < shape[-1] <= _LONGEST_ROW:
+        zeros = tuple(jnp.zeros((), term.dtype) for term in terms)
+
+        def add(left: Any, right: Any) -> Any:
+            return tuple(x + y for x, y in zip(left, right, strict=True))
+
+        terms = list(jax.lax.reduce(tuple(terms), zeros, add, (len(shape) - 1,)))
+    if terms[0].size <= _LONGEST_ROW:
+        stacked = jnp.stack(terms)
+        return jnp.sum(stacked, axis=tuple(range(1, stacked.ndim)))
+    return jnp.stack([jnp.sum(term) for term in terms])
 
 
 def is_labeller(param_labels: Any) -> bool:
@@ -168,22 +199,30 @@ class Groups:
 
         return self._map(moved, params, direction)
 
+    def products(
+        self, trees: Sequence[Any], pairs: Sequence[tuple[int, int]]
+    ) -> tuple[jax.Array, ...]:
+        """Re⟨x_k, y_k⟩ for every group and pair of trees: each (K,), float32 or float64.
+
+        All of them in one pass over the leaves. What is not inexact counts as zero.
+
+        Args:
+          trees: of the same structure.
+          pairs: the places of x and y in `trees`.
+        """
+        columns = list(zip(*map(_leaves, trees), strict=True))
+        doubles = any(_is_double(leaf) for column in columns for leaf in column)
+        dtype = jnp.float64 if doubles else jnp.float32
+        sums = [jnp.zeros(len(pairs), dtype)] * len(self)
+        for k, column in zip(self.index, columns, strict=True):
+            if all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in column):
+                sums[k] = sums[k] + _sums([_product(column[i], column[j], dtype) for i, j in pairs])
+        return tuple(jnp.stack(sums, axis=1))
+
     def inner(self, left: Any, right: Any) -> jax.Array:
-        """⟨left_k, right_k⟩ for every group: (K,), float32, or float64 where a leaf is."""
-        pairs = list(zip(_leaves(left), _leaves(right), strict=True))
-        dtype = (
-            jnp.float64 if any(_is_double(leaf) for pair in pairs for leaf in pair) else jnp.float32
-        )
-        sums = [jnp.zeros((), dtype)] * len(self)
-        for k, (x, y) in zip(self.index, pairs, strict=True):
-            product = x.astype(wide(x.dtype)) * y.astype(wide(x.dtype))
-            sums[k] = sums[k] + jnp.real(jnp.sum(product)).astype(dtype)
-        return jnp.stack(sums)
+        """Re Σ left_k right_k, nothing conjugated, for every group: (K,), float32 or float64."""
+        return self.products((jax.tree.map(jnp.conj, left), right), [(0, 1)])[0]
 
     def squares(self, tree: Any) -> jax.Array:
-        """‖tree_k‖² for every group: (K,), float32 or wider; what is not inexact has no length."""
-
-        def conjugated(leaf: jax.Array) -> jax.Array:
-            return jnp.conj(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else 0 * leaf
-
-        return self.inner([conjugated(leaf) for leaf in _leaves(tree)], _leaves(tree))
+        """‖tree_k‖² for every group: (K,), float32 or float64; not inexact leaves have none."""
+        return self.products((tree,), [(0, 0)])[0]

@@ -104,6 +104,30 @@ _SLOPE_SOURCES = (
 SLOPE_SOURCES = {source.name: source for source in _SLOPE_SOURCES}
 
 
+class Products(NamedTuple):
+    """Inner products by group, each (K,): of the coming direction u, the last one u′, g and w.
+
+    With what is not known they are zero.
+
+    Attributes:
+      direction: ‖u‖².
+      previous: ‖u′‖².
+      gradient: ‖g‖².
+      params: ‖w‖².
+      ahead: ⟨u, u′⟩.
+      down: ⟨u, g⟩, nothing conjugated.
+      across: ⟨u′, g⟩, likewise.
+    """
+
+    direction: jax.Array
+    previous: jax.Array
+    gradient: jax.Array
+    params: jax.Array
+    ahead: jax.Array
+    down: jax.Array
+    across: jax.Array
+
+
 class Evidence(NamedTuple):
     """Everything that one call of `update` says about the loss.
 
@@ -115,6 +139,7 @@ class Evidence(NamedTuple):
       batch: of the loss.
       factor: what slopes by `grad` are multiplied by, 1 for the gradient of the loss.
       compares_slope: whether the first of these are compared with the loss in forward mode.
+      taken: the inner products, None until they are taken.
     """
 
     coming: StepLoss
@@ -124,6 +149,7 @@ class Evidence(NamedTuple):
     batch: Any
     factor: Any = 1.0
     compares_slope: bool = False
+    taken: Products | None = None
 
     def last(self) -> StepLoss:
         """The loss along the direction of the last step, from where that step has led."""
@@ -134,9 +160,53 @@ class Evidence(NamedTuple):
         """The same with the loss at the parameters, evaluated where it was not given."""
         return self._replace(value=self.coming.start()) if self.value is None else self
 
-    def slope(self, step_loss: StepLoss) -> jax.Array | None:
-        """The slopes along a step at the parameters, (K,); None without a gradient."""
+    @property
+    def products(self) -> Products:
+        """The inner products, of evidence `with_products`."""
+        assert self.taken is not None
+        return self.taken
+
+    def with_products(self) -> "Evidence":
+        """The same with all inner products, by one pass over what is given."""
+        groups, u, w = self.coming.groups, self.coming.direction, self.coming.params
+        trees, places = [u, w], {"u": 0, "w": 1}
+        if self.previous is not None:
+            places["u′"] = len(trees)
+            trees.append(self.previous)
+        if self.grad is not None:
+            places["g"] = len(trees)
+            trees.append(jax.tree.map(jnp.conj, self.grad))
+        wanted = {
+            "direction": ("u", "u"),
+            "previous": ("u′", "u′"),
+            "gradient": ("g", "g"),
+            "params": ("w", "w"),
+            "ahead": ("u", "u′"),
+            "down": ("u", "g"),
+            "across": ("u′", "g"),
+        }
+        pairs = {
+            name: (places[x], places[y])
+            for name, (x, y) in wanted.items()
+            if x in places and y in places
+        }
+        found = dict.fromkeys(wanted, jnp.zeros(len(groups), jnp.float32))
+        found |= zip(pairs, groups.products(trees, list(pairs.values())), strict=True)
+        return self._replace(taken=Products(**found))
+
+    def slope(self) -> jax.Array | None:
+        """The slopes along the coming step at the parameters, (K,); None without a gradient."""
         if self.grad is None:
             return None
-        slope = step_loss.slope(self.grad)
+        taken = self.taken
+        return self._scaled(self.coming.slope(self.grad) if taken is None else -taken.down)
+
+    def last_slope(self) -> jax.Array | None:
+        """The slopes along the last step at the parameters, (K,); None without a gradient."""
+        if self.grad is None:
+            return None
+        taken = self.taken
+        return self._scaled(self.last().slope(self.grad) if taken is None else -taken.across)
+
+    def _scaled(self, slope: jax.Array) -> jax.Array:
         return slope * jnp.asarray(self.factor).astype(slope.dtype)

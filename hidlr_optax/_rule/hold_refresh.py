@@ -36,7 +36,7 @@ from hidlr_optax._rule.hold import (
 )
 from hidlr_optax._rule.mismatches import refresh_if
 from hidlr_optax._state import Clock, Packed, initial_rates
-from hidlr_optax._step_loss import Evidence, SlopeSource, StepLoss
+from hidlr_optax._step_loss import Evidence, Products, SlopeSource, StepLoss
 from hidlr_optax.curvature._measurement import RESOLUTION, Estimator, measure
 
 _TINY = 1e-30
@@ -112,7 +112,7 @@ class HoldRule:
         """
         if not self.source.uses_gradient:
             evidence = evidence._replace(grad=None)
-        same = _slope(evidence, evidence.coming)
+        same = _narrow(evidence.slope())
         progress = forget_losses(state.progress, state.count == clock.warmup)
         progress = progress._replace(peak=jnp.maximum(progress.peak, jnp.abs(clock.factor)))
         state = waiting = state._replace(progress=progress)
@@ -140,7 +140,7 @@ class HoldRule:
         """Watch, begin, measure, average, move, guard, split: the state after one refresh."""
         evidence = evidence.valued()
         progress = watch(state.progress, evidence.value.astype(jnp.float32))
-        state, same = state._replace(progress=progress), _slope(evidence, evidence.coming)
+        state, same = state._replace(progress=progress), _narrow(evidence.slope())
         rates = self._begun(state, evidence, clock, same)
         measured = self._measure(state, evidence, clock, rates, same)
         state, usable = _averaged(state, evidence, clock, measured)
@@ -169,14 +169,14 @@ class HoldRule:
         rates = state.group_learning_rates
         if same is None:
             return rates
-        coming, begins = evidence.coming, (state.progress.looks == 0) & clock.finding
+        products, begins = evidence.products, (state.progress.looks == 0) & clock.finding
         first = first_rates(
             rates,
-            self._proportions(coming.groups),
+            self._proportions(evidence.coming.groups),
             evidence.value.astype(jnp.float32),
             same,
-            coming.groups.squares(coming.direction).astype(jnp.float32),
-            jnp.sqrt(jnp.sum(coming.groups.squares(coming.params))).astype(jnp.float32),
+            products.direction.astype(jnp.float32),
+            jnp.sqrt(jnp.sum(products.params)).astype(jnp.float32),
         )
         return jnp.where(begins, first, rates)
 
@@ -290,7 +290,7 @@ def _last_step(state: Packed, evidence: Evidence) -> Step:
     """The step that has led to the present parameters, on a batch that it has not seen."""
     last = evidence.last()
     rates = state.group_learning_rates * state.schedule_factor
-    return Step(last, rates, _slope(evidence, last), last(-rates), -1)
+    return Step(last, rates, _narrow(evidence.last_slope()), last(-rates), -1)
 
 
 def _coming_step(evidence: Evidence, rates: jax.Array, slope: jax.Array | None) -> Step:
@@ -354,27 +354,10 @@ def _preconditioned(evidence: Evidence) -> jax.Array:
     """Distance of the coming direction from a running sum of gradients; 0 without a gradient."""
     if evidence.grad is None:
         return jnp.zeros((), jnp.float32)
-    coming, grad = evidence.coming, evidence.grad
-    direction = coming.direction
-    if evidence.previous is None:
-        before = optax.tree.zeros_like(direction)
-    else:
-        before = evidence.last().direction
-
-    def inner(left: Any, right: Any) -> jax.Array:
-        return jnp.sum(coming.groups.inner(left, right)).astype(jnp.float32)
-
-    def square(tree: Any) -> jax.Array:
-        return jnp.sum(coming.groups.squares(tree)).astype(jnp.float32)
-
-    return preconditioned(
-        direction=square(direction),
-        previous=square(before),
-        gradient=square(grad),
-        ahead=inner(jax.tree.map(jnp.conj, direction), before),
-        down=inner(direction, grad),
-        across=inner(before, grad),
-    )
+    whole = [jnp.sum(product).astype(jnp.float32) for product in evidence.products]
+    known = Products(*whole)._asdict()
+    del known["params"]
+    return preconditioned(**known)
 
 
 def _part(
@@ -422,8 +405,7 @@ def _guarded(
 
 def _is_sound(evidence: Evidence) -> jax.Array:
     """Whether the loss at the parameters and the coming direction are finite."""
-    coming = evidence.coming
-    square = jnp.sum(coming.groups.squares(coming.direction)).astype(jnp.float32)
+    square = jnp.sum(evidence.products.direction).astype(jnp.float32)
     return jnp.isfinite(evidence.value) & jnp.isfinite(square)
 
 
@@ -431,9 +413,8 @@ def _finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
-def _slope(evidence: Evidence, step_loss: StepLoss) -> Any:
-    """The slopes along a step, (K,) float32; None without a gradient."""
-    slope = evidence.slope(step_loss)
+def _narrow(slope: jax.Array | None) -> Any:
+    """Slopes, (K,), in float32; None where there are none."""
     return None if slope is None else slope.astype(jnp.float32)
 
 

@@ -50,7 +50,7 @@ def refresh_if(
         return waiting
 
     def refreshed() -> Packed:
-        before, known = _checked(state, evidence)
+        before, known = _checked(state, evidence.with_products())
         return _counted(refresh(before, known), known)
 
     return where_due(due, refreshed, waiting)
@@ -123,13 +123,11 @@ def _factor(
     evidence: Evidence, measured: jax.Array, before: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """What slopes by the gradient have to be multiplied by, and whether that is not one."""
-    coming, grad = evidence.coming, evidence.grad
-    given = jnp.sum(coming.slope(grad)).astype(jnp.float32)
-
-    def norm(tree: Any) -> jax.Array:
-        return jnp.sqrt(jnp.sum(coming.groups.squares(tree)).astype(jnp.float32))
-
-    rounding = _SLOPE_PART * norm(grad) * norm(coming.direction)
+    products = evidence.products
+    given = -_whole(products.down)
+    rounding = (
+        _SLOPE_PART * jnp.sqrt(_whole(products.gradient)) * jnp.sqrt(_whole(products.direction))
+    )
     # Of the larger one: a gradient that is far too small has small norms, too.
     known = jnp.maximum(jnp.abs(given), jnp.abs(measured)) > rounding
     known &= jnp.isfinite(given) & jnp.isfinite(measured)
@@ -145,9 +143,8 @@ def _counted(new: Packed, evidence: Evidence) -> Packed:
     Groups whose update is zero have no slope, whatever else was measured. `ascents` counts
     refreshes at which no group goes downhill, `highest_learning_rates` is what the rates once were.
     """
-    coming = evidence.coming
-    still = coming.groups.squares(coming.direction) == 0
-    slope = evidence.slope(coming)
+    still = evidence.products.direction == 0
+    slope = evidence.slope()
     slope = new.measured_slope if slope is None else slope
     ascends = jnp.all(slope <= 0) & jnp.any(slope < 0)
     no_slope = still & (new.kept != Kept.NON_FINITE)
@@ -157,3 +154,8 @@ def _counted(new: Packed, evidence: Evidence) -> Packed:
         ascents=new.ascents + ascends.astype(jnp.int32),
         highest_learning_rates=jnp.maximum(new.highest_learning_rates, rates),
     )
+
+
+def _whole(product: jax.Array) -> jax.Array:
+    """Of all groups together: () float32."""
+    return jnp.sum(product).astype(jnp.float32)

@@ -7,6 +7,7 @@ itself, so no scale has to be known.
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -87,13 +88,13 @@ class OneStepRule:
         """Begin, measure, average, minimise, guard: the state after one refresh."""
         evidence = evidence.valued()
         value = evidence.value
-        slope = evidence.slope(evidence.coming)
+        slope = evidence.slope()
         rates = _begun(state, clock, value, slope)
         measured = self._measure(state, evidence, rates)
         kept = measured.statuses()
         quadratic, measurements = self._average(state, measured, kept == Kept.UPDATED)
         found, kept = self.solver.solve(quadratic, rates, kept, measured.least_curvature)
-        guarded, was_cut = self._guard(evidence.coming, quadratic, rates, found, value, slope)
+        guarded, was_cut = self._guard(evidence, quadratic, rates, found, slope)
         return _recorded(state, evidence.coming, measured, quadratic, kept)._replace(
             group_learning_rates=guarded,
             measurements=measurements,
@@ -102,7 +103,7 @@ class OneStepRule:
 
     def _measure(self, state: Packed, evidence: Evidence, rates: jax.Array) -> Measurement:
         """Slope and curvature, both at the start of the step that they are measured along."""
-        step_loss = evidence.coming
+        step_loss, slope = evidence.coming, evidence.slope()
         if self.source.looks_back:
             # The last step, and the coming one at the first update.
             direction = jax.tree.map(
@@ -111,11 +112,12 @@ class OneStepRule:
                 step_loss.direction,
             )
             step_loss = step_loss.along(direction)
+            slope = jax.tree.map(partial(jnp.where, state.count == 0), slope, evidence.last_slope())
         measured = measure(
             self.estimator,
             step_loss,
             rates,
-            slope=evidence.slope(step_loss) if self.source.uses_gradient else None,
+            slope=slope if self.source.uses_gradient else None,
             value=evidence.value,
             expected=Quadratic(state.slope, state.curvature),
             batch=evidence.batch,
@@ -148,11 +150,10 @@ class OneStepRule:
 
     def _guard(
         self,
-        coming: StepLoss,
+        evidence: Evidence,
         quadratic: Quadratic,
         rates: jax.Array,
         found: jax.Array,
-        value: jax.Array,
         slope: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         """The rates found, neither lost nor such that the coming step does harm; whether cut.
@@ -161,13 +162,14 @@ class OneStepRule:
         """
         if self.max_rise is None:
             return found, jnp.zeros((), bool)
+        value = evidence.value
         found = keep_resolvable(found, rates, quadratic, value)
-        after = coming(found)
+        after = evidence.coming(found)
         dtype = wide(after.dtype)
         change = (after.astype(dtype) - value.astype(dtype)).astype(jnp.float32)
         factor = guard_factor(found, change, value.astype(jnp.float32), slope, self.max_rise)
         # A step that is not finite at any rate says nothing about the rates.
-        squares = coming.groups.squares(coming.direction)
+        squares = evidence.products.direction
         factor = jnp.where(jnp.isfinite(value) & jnp.all(jnp.isfinite(squares)), factor, 1.0)
         return found * factor, factor < 1
 
