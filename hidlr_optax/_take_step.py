@@ -40,6 +40,7 @@ def take_step(
     has_aux: bool = False,
     value_and_grad: Callable[..., Any] | None = None,
     edit: Callable[[Any], Any] | None = None,
+    refresh: Any = True,
     **kwargs: Any,
 ) -> tuple[Any, Any, Any]:
     """One training step: takes loss and gradient, and hands both and the probes to the optimizer.
@@ -60,6 +61,8 @@ def take_step(
         and the raw gradient of `loss_fn` for these arguments.
       edit: gradient -> gradient, before the optimizer gets it, such as a clip; slopes are taken
         from the raw one. Gradients of complex parameters are conjugated before.
+      refresh: as `hidlr` has it: False to leave the rates alone at this step. A static argument of
+        the jitted step makes two programs of it, one without a branch.
       **kwargs: handed to `loss_fn`.
 
     Returns:
@@ -80,6 +83,6 @@ def take_step(
     out, grad, known = evaluated(take(params, *args, **kwargs), has_aux, edit)
     value_fn = as_value_fn(loss_fn, has_aux, *args, **kwargs)
     updates, state = optax.with_extra_args_support(tx).update(
-        grad, state, params, value_fn=value_fn, **known
+        grad, state, params, value_fn=value_fn, refresh=refresh, **known
     )
     return optax.apply_updates(params, updates), state, out

@@ -54,6 +54,7 @@ class TrainState(train_state.TrainState):
         value: Any = None,
         value_fn: Callable[..., Any] | None = None,
         grad: Any = None,
+        refresh: Any = True,
         **kwargs: Any,
     ) -> "TrainState":
         """One step of the optimizer.
@@ -65,6 +66,7 @@ class TrainState(train_state.TrainState):
           value_fn: params -> loss, in place of `loss_fn` and `batch`.
           grad: the raw gradient of the loss, where `grads` is not (clipped or scaled outside of
             `tx`); None: `grads`.
+          refresh: as `hidlr` has it.
           **kwargs: fields of the state to replace, such as `batch_stats`.
 
         Returns:
@@ -75,8 +77,8 @@ class TrainState(train_state.TrainState):
         def update(updates: Any, state: Any, params: Any = None) -> Any:
             # `updates`, not `grads`: Flax takes the part out that it overwrites by itself (fp8).
             raw = updates if grad is None else grad
-            extra = {"batch": batch, "value": value, "value_fn": value_fn, "grad": raw}
-            return tx.update(updates, state, params, **extra)
+            known = {"batch": batch, "value": value, "value_fn": value_fn, "grad": raw}
+            return tx.update(updates, state, params, refresh=refresh, **known)
 
         if grad is None and any(map(jax.numpy.iscomplexobj, jax.tree.leaves(grads))):
             raise ValueError(
@@ -94,6 +96,7 @@ class TrainState(train_state.TrainState):
         has_aux: bool = False,
         value_and_grad: Callable[..., Any] | None = None,
         edit: Callable[[Any], Any] | None = None,
+        refresh: Any = True,
         **kwargs: Any,
     ) -> tuple["TrainState", Any]:
         """One training step, from loss and gradient to the new state: `hidlr_optax.take_step`.
@@ -105,6 +108,7 @@ class TrainState(train_state.TrainState):
           has_aux: as `jax.value_and_grad` has it.
           value_and_grad: an own gradient, in place of `jax.value_and_grad(loss_fn)`.
           edit: gradient -> gradient, before the optimizer gets it.
+          refresh: as `hidlr` has it.
           **kwargs: handed to `loss_fn`.
 
         Returns:
@@ -113,7 +117,8 @@ class TrainState(train_state.TrainState):
         take = value_and_grad or jax.value_and_grad(loss_fn, has_aux=has_aux)
         out, grad, known = evaluated(take(self.params, *args, **kwargs), has_aux, edit)
         value_fn = as_value_fn(loss_fn, has_aux, *args, **kwargs)
-        return self.apply_gradients(grads=grad, value_fn=value_fn, **known), out
+        new = self.apply_gradients(grads=grad, value_fn=value_fn, refresh=refresh, **known)
+        return new, out
 
 
 def take_step(
@@ -124,6 +129,7 @@ def take_step(
     has_aux: bool = False,
     value_and_grad: Callable[..., Any] | None = None,
     edit: Callable[[Any], Any] | None = None,
+    refresh: Any = True,
     **kwargs: Any,
 ) -> Any:
     """One training step of an nnx model: `hidlr_optax.take_step`, with what nnx asks for.
@@ -140,6 +146,7 @@ def take_step(
       value_and_grad: an own gradient, in place of `nnx.value_and_grad(loss_fn)`, with the same
         arguments and results.
       edit: gradient -> gradient, before the optimizer gets it.
+      refresh: as `hidlr` has it.
       **kwargs: handed to `loss_fn`.
 
     Returns:
@@ -163,7 +170,7 @@ def take_step(
         loss_fn, argnums=nnx.DiffState(0, wrt), has_aux=has_aux
     )
     out, grad, known = evaluated(take(model, *args, **kwargs), has_aux, edit)
-    optimizer.update(model, grad, value_fn=value_fn, **known)
+    optimizer.update(model, grad, value_fn=value_fn, refresh=refresh, **known)
     return out
 
 

@@ -82,6 +82,25 @@ def test_it_is_the_step_of_the_long_form():
     _assert_nothing_amiss(state)
 
 
+def _move_at_every_third(rates):
+    assert all((rates[n] == rates[n - 1]) == (n % 3 > 0) for n in range(1, len(rates)))
+
+
+def test_a_static_refresh_leaves_the_rates_between_alone():
+    tx, rates = _tx(hd.hiulr(None)), []
+    params = _params()
+    state = tx.init(params)
+
+    @functools.partial(jax.jit, static_argnames="refresh")
+    def step(params, state, batch, refresh):
+        return hd.take_step(tx, loss_fn, params, state, batch, refresh=refresh)
+
+    for n, batch in enumerate(_batches(9)):
+        params, state, _ = step(params, state, batch, refresh=n % 3 == 0)
+        rates.append(float(optax.tree.get(state, "group_learning_rates")["all"]))
+    _move_at_every_third(rates)
+
+
 def test_auxiliary_outputs_come_back():
     tx = _tx()
     step = functools.partial(hd.take_step, tx, with_aux, has_aux=True)
@@ -223,6 +242,20 @@ def test_linen_with_dropout_and_batch_statistics():
     _assert_nothing_amiss(state.opt_state)
 
 
+def test_linen_with_a_static_refresh():
+    tx, rates = _tx(hd.hiulr(None)), []
+    state = hdf.TrainState.create(apply_fn=None, params=_params(), tx=tx)
+
+    @functools.partial(jax.jit, static_argnames="refresh")
+    def step(state, batch, refresh):
+        return state.take_step(loss_fn, batch, refresh=refresh)[0]
+
+    for n, batch in enumerate(_batches(9)):
+        state = step(state, batch, refresh=n % 3 == 0)
+        rates.append(float(optax.tree.get(state, "group_learning_rates")["all"]))
+    _move_at_every_third(rates)
+
+
 # nnx
 
 
@@ -288,3 +321,18 @@ def test_nnx_with_an_own_gradient_that_is_edited():
     losses = [float(step(model, optimizer, batch)) for batch in _batches(14)]
     assert losses[-1] < losses[0]
     _assert_nothing_amiss(optimizer.opt_state)
+
+
+def test_nnx_with_a_static_refresh():
+    model, rates = _Module(nnx.Rngs(0)), []
+    tx = optax.chain(promoting("standard", optax.adamw(1.0)), hd.hiulr(None))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @functools.partial(nnx.jit, static_argnames="refresh")
+    def step(model, optimizer, batch, refresh):
+        return hdf.take_step(model, optimizer, _nnx_loss, batch, refresh=refresh)
+
+    for n, batch in enumerate(_batches(9)):
+        step(model, optimizer, batch, refresh=n % 3 == 0)
+        rates.append(float(optax.tree.get(optimizer.opt_state, "group_learning_rates")["all"]))
+    _move_at_every_third(rates)
