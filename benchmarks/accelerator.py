@@ -1,15 +1,15 @@
-"""What `hidlr` costs on an accelerator: a transformer of twelve layers in bfloat16, AdamW.
+"""What `hidlr` costs on an accelerator: a transformer of twelve layers, AdamW.
 
-Python's help texts byte by byte, parameters in float32 and arithmetic in bfloat16. Every setting is
-timed over whole cycles of its refreshes, after the warm-up, and compared with steps of AdamW before
-and after it in the same process.
+Python's help texts byte by byte, parameters in float32, activations in bfloat16 or float32. Every
+setting is timed over whole cycles of its refreshes, after the warm-up, and compared with steps of
+AdamW before and after it in the same process. "One program" asks at every step whether a refresh
+is due; of "two programs", the loop knows, and steps between refreshes have no branch.
 
     python benchmarks/accelerator.py --out accelerator.json
     python benchmarks/accelerator.py --quick --out accelerator.json     # small, on any machine
 """
 
 import argparse
-import concurrent.futures
 import json
 import statistics
 from pathlib import Path
@@ -36,41 +36,48 @@ class Setting(NamedTuple):
       name: of the rule.
       groups: K; 0 for AdamW alone.
       interval: Φ.
+      programs: 2 for a step of its own between refreshes.
       arguments: of `hidlr`, beside.
     """
 
     name: str
     groups: int
     interval: int
+    programs: int
     arguments: dict[str, Any]
 
 
-_LATER = 10**6  # a refresh that never comes
-BASE = Setting("AdamW", 0, 0, {})
-HOLD = [Setting("hidlr", *sizes, {}) for sizes in ((1, 10), (3, 10), (12, 10), (12, 4), (12, 1))]
+BASE = Setting("AdamW", 0, 0, 1, {})
+HOLD = [
+    Setting("hidlr", *sizes, {})
+    for sizes in ((1, 10, 1), (1, 10, 2), (12, 10, 1), (12, 10, 2), (12, 4, 2), (12, 1, 1))
+]
 OTHERS = [
-    Setting("hidlr, direction in bfloat16", 12, 10, {"lagged_dtype": jnp.bfloat16}),
-    Setting("hidlr between refreshes", 12, _LATER, {"warmup": 0}),
+    Setting("hidlr, direction in bfloat16", 12, 10, 2, {"lagged_dtype": jnp.bfloat16}),
     *(
         Setting(
             f"first version, probes {how}",
-            groups,
+            3,
             10,
+            1,
             {"solver": hd.coupled(), "curvature": hd.probes(batch_size=size)},
         )
-        for groups in (3, 12)
         for how, size in (("at once", None), ("one at a time", 1))
     ),
 ]
 
 
-def language_model(config: gpt.Config, size: int) -> Problem:
-    """Parameters in float32, arithmetic in bfloat16, the loss in float32."""
-    graph, params = nnx.split(gpt.GPT(config, nnx.Rngs(0)))
+def language_model(config: gpt.Config, size: int, dtype: Any = jnp.bfloat16) -> Problem:
+    """Parameters and the loss in float32, activations in `dtype`."""
+    model = gpt.GPT(config, nnx.Rngs(0))
+    parts: list[Any] = [module for _, module in nnx.iter_modules(model)]
+    for part in parts:
+        if hasattr(part, "dtype"):
+            part.dtype = dtype
+    graph, params = nnx.split(model)
 
     def outputs(params: Any, tokens: jax.Array) -> jax.Array:
-        low = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
-        return nnx.merge(graph, low)(tokens[:, :-1]).astype(jnp.float32)
+        return nnx.merge(graph, params)(tokens[:, :-1]).astype(jnp.float32)
 
     def output_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
@@ -79,47 +86,43 @@ def language_model(config: gpt.Config, size: int) -> Problem:
     return Problem(nnx.to_pure_dict(params), outputs, output_loss, tokens)
 
 
-def compiled(setting: Setting, problem: Problem) -> Program:
-    """AdamW's step, with the rule after it where there is one."""
+def compiled(setting: Setting, problem: Problem) -> tuple[Program, Program | None]:
+    """AdamW's step with the rule after it where there is one, and the step between refreshes.
+
+    One after the other: XLA times kernels to choose among them, and programs that are compiled
+    beside each other come out up to a half slower.
+    """
     if setting.groups == 0:
-        return program(bare(), problem)
+        return program(bare(), problem), None
     labels = hd.label_by_depth(problem.params, setting.groups) if setting.groups > 1 else "all"
     rule = hd.hidlr(problem.loss, labels, update_interval=setting.interval, **setting.arguments)
-    return program(behind_adamw(rule), problem)
-
-
-def side_by_side(settings: list[Setting], problem: Problem) -> dict[int, Program]:
-    """The programs by the place of their setting."""
-    first, *others = range(len(settings))
-    found = {first: compiled(settings[first], problem)}  # alone: the kernels it chooses are cached
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        jobs = {n: pool.submit(compiled, settings[n], problem) for n in others}
-        return found | {n: job.result() for n, job in jobs.items()}
+    tx = behind_adamw(rule)
+    between = program(tx, problem, refresh=False) if setting.programs == 2 else None
+    return program(tx, problem), between
 
 
 def rows_of(settings: list[Setting], problem: Problem, repeats: int, save: Any) -> Any:
     """One row per setting; `save` is called with all of them after each."""
-    programs = side_by_side(settings, problem)
-    base = programs[0]
+    base, _ = compiled(BASE, problem)
     rows: list[dict[str, Any]] = []
-    before = milliseconds(base, problem, repeats, CYCLE)
-    for n, setting in enumerate(settings):
-        own = milliseconds(programs[n], problem, repeats, CYCLE)
-        after = milliseconds(base, problem, repeats, CYCLE)
-        usual = statistics.median([*before, *after])
-        before = after
-        analysis = programs[n].step.memory_analysis()
+    for setting in (BASE, *settings):
+        own, between = (base, None) if setting == BASE else compiled(setting, problem)
+        before = milliseconds(base, problem, repeats, CYCLE)
+        times = milliseconds(own, problem, repeats, CYCLE, between, setting.interval)
+        usual = statistics.median([*before, *milliseconds(base, problem, repeats, CYCLE)])
         rows.append(
             {
                 "name": setting.name,
                 "groups": setting.groups,
                 "interval": setting.interval,
-                "milliseconds": statistics.median(own),
-                "relative_speed": usual / statistics.median(own),
-                "lowest": usual / max(own),
-                "highest": usual / min(own),
-                "temporaries_mib": programs[n].temporaries,
-                "arguments_mib": analysis.argument_size_in_bytes / 2**20,
+                "programs": setting.programs,
+                "milliseconds": statistics.median(times),
+                "relative_speed": usual / statistics.median(times),
+                "lowest": usual / max(times),
+                "highest": usual / min(times),
+                "temporaries_mib": own.temporaries,
+                "arguments_mib": own.step.memory_analysis().argument_size_in_bytes / 2**20,
+                "compilation": own.seconds / base.seconds,
             }
         )
         save(rows)
@@ -128,16 +131,19 @@ def rows_of(settings: list[Setting], problem: Problem, repeats: int, save: Any) 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    head = ["rule", "K", "Φ", "ms a step", "relative speed", "temporaries, MiB", "state, MiB"]
+    head = ["rule", "K", "Φ", "programs", "ms a step", "relative speed", "temporaries, MiB"]
+    head += ["state, MiB", "compilation"]
     lines = [
         [
             row["name"],
             row["groups"] or "",
-            row["interval"] if 0 < row["interval"] < _LATER else "",
+            row["interval"] or "",
+            row["programs"],
             f"{row['milliseconds']:.2f}",
             f"{row['relative_speed']:.3f} ({row['lowest']:.3f} to {row['highest']:.3f})",
             f"{row['temporaries_mib']:.0f}",
             f"{row['arguments_mib']:.0f}",
+            f"{row['compilation']:.1f}",
         ]
         for row in rows
     ]
@@ -152,19 +158,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("accelerator.json"))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--quick", action="store_true", help="one small layer, K = 1")
     args = parser.parse_args()
     config = gpt.Config(256, 512, 768, 12, 12)
-    settings, size, repeats = [BASE, *HOLD, *OTHERS], args.batch_size, args.repeats
+    settings, size, repeats = [*HOLD, *OTHERS], args.batch_size, args.repeats
     if args.quick:
         config, size, repeats = gpt.Config(256, 32, 64, 1, 2), 4, 1
         settings = settings[:2]
-    machine = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    machine = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "dtype": args.dtype}
 
     def save(rows: list[dict[str, Any]]) -> None:
         args.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
 
-    rows = rows_of(settings, language_model(config, size), repeats, save)
+    rows = rows_of(settings, language_model(config, size, jnp.dtype(args.dtype)), repeats, save)
     print(machine, table(rows), sep="\n\n")
 
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-WARM = 21  # steps before the clock starts: the rates are found, and every branch has run
+FINDING = 20  # steps with a refresh at each
+WARM = FINDING + 1  # steps before the clock starts: every branch has run
 
 
 class Problem(NamedTuple):
@@ -77,18 +78,35 @@ def program(tx: optax.GradientTransformationExtraArgs, problem: Problem, **stati
 
 
 def milliseconds(
-    compiled: Program, problem: Problem, repeats: int, cycle: int, warm: int = WARM
+    compiled: Program,
+    problem: Problem,
+    repeats: int,
+    cycle: int,
+    between: Program | None = None,
+    interval: int = 1,
 ) -> list[float]:
-    """Of a step, the mean over each of `repeats` cycles of steps after the warm-up."""
+    """Of a step, the mean over each of `repeats` cycles of steps after the warm-up.
+
+    Args:
+      compiled: the step.
+      problem: what it trains.
+      repeats: cycles.
+      cycle: steps of one.
+      between: takes its place between refreshes; None: it takes all steps.
+      interval: from refresh to refresh.
+    """
     # Copies, since both are donated.
     params, state = jax.tree.map(jnp.copy, (problem.params, compiled.state))
-    batches = [problem.batch(n) for n in range(max(cycle, warm))]  # slicing is not part of a step
-    found, value = [], jnp.zeros(())
-    for steps in (warm, *[cycle] * repeats):
+    batches = [problem.batch(n) for n in range(max(cycle, WARM))]  # slicing is no part of a step
+    found, value, count = [], jnp.zeros(()), 0
+    for steps in (WARM, *[cycle] * repeats):
         jax.block_until_ready((params, state))
         start = time.perf_counter()
         for n in range(steps):
-            params, state, value = compiled.step(params, state, batches[n])
+            due = between is None or count < FINDING or count % interval == 0
+            taken = compiled if due or between is None else between
+            params, state, value = taken.step(params, state, batches[n])
+            count += 1
         jax.block_until_ready((params, state))
         found.append(1e3 * (time.perf_counter() - start) / steps)
         assert np.isfinite(value)

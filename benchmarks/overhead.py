@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from costs import Problem, bare, behind_adamw, beside, program
+from costs import FINDING, Problem, bare, behind_adamw, beside, program
 from flax import nnx
 from models import gpt
 from tables import markdown
@@ -30,7 +30,7 @@ from tqdm import tqdm
 import hidlr_optax as hd
 
 GROUPS, INTERVALS = (1, 3, 10, 40), (1, 4, 10, 40)
-STEPS, FINDING = 1000, 20  # of a run, and of these with a refresh at each
+STEPS = 1000  # of a run
 CHECKS = 3  # refreshes at which `hidlr` compares value and gradient
 SPLIT = 4  # `hold` measures the single groups at every fourth refresh
 
