@@ -1,0 +1,258 @@
+"""Every exhibit of the paper, or its stand-in on free data, from one command.
+
+Each exhibit is one of the scripts beside this one; all of them keep their runs as JSON lines and go
+on where they were stopped, and so does this. `smoke` does a few steps of each, `paper` all of them
+in about two and a half hours on two cores (the sizes that are scaled down are in `EXHIBITS`),
+`full` takes the sizes of the paper where they differ.
+
+    pip install -e '.[bench]'
+    python -m benchmarks.run --suite smoke
+    python -m benchmarks.run --suite paper --data-dir GLUE --e2e-dir E2E
+    python -m benchmarks.run --suite paper --report     # tables and figures of what has run
+"""
+
+import argparse
+import concurrent.futures
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+SUITES = ("smoke", "paper", "full")
+HERE = Path(__file__).parent
+_ONE_CORE = {
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MPLBACKEND": "Agg",
+}
+
+
+class Exhibit(NamedTuple):
+    """A part of the paper, and the script that shows it.
+
+    Attributes:
+      shows: the figures and tables of the paper.
+      script: its file.
+      smoke: arguments of a few steps; where `{out}` stands, the folder and name of its files goes.
+      paper: of the suite that takes hours.
+      full: of the paper's own sizes.
+      report: of what makes tables and figures from the rows; None where the run itself does.
+      minutes: of `paper`, on one core.
+    """
+
+    shows: str
+    script: str
+    smoke: str
+    paper: str
+    full: str
+    report: str | None
+    minutes: float
+
+    def arguments(self, suite: str) -> str:
+        """Of a suite."""
+        return {"smoke": self.smoke, "paper": self.paper, "full": self.full}[suite]
+
+
+def _sized(shows: str, script: str, report: str, minutes: float) -> Exhibit:
+    """A script with rows in one file, `--quick` and `--full`."""
+    rows = "--out {out}.jsonl"
+    quick, full = f"{rows} --quick", f"{rows} --full"
+    return Exhibit(shows, script, quick, rows, full, f"{rows} {report}", minutes)
+
+
+EXHIBITS: dict[str, Exhibit] = {
+    "quadratic": _sized("Figure 1", "quadratic_fit.py", "--report --figure {out}.png", 2),
+    "toys": Exhibit(
+        "Figure 2", "toys.py", "--out {out}.png", "--out {out}.png", "--out {out}.png", None, 1
+    ),
+    "multitask": Exhibit(
+        "Figures 3 and 4",
+        "multitask.py",
+        "--out {out} --quick",
+        "--out {out} --seeds 3",
+        "--out {out} --seeds 5 --steps 1000",
+        None,
+        12,
+    ),
+    "nam": _sized("Figures 5, 11 and 12", "nam.py", "--report --figure {out}.png", 20),
+    "lora_toy": _sized("Figure 13", "lora_toy.py", "--report --figure {out}.png", 10),
+    "wall_clock": Exhibit(
+        "Figure 14",
+        "overhead.py",
+        "--out {out}.json --quick",
+        "--out {out}.json --problems transformer --groups 1 3 10",
+        "--out {out}.json",
+        None,
+        25,
+    ),
+    "fine_tuning": Exhibit(
+        "Tables 1 and 2",
+        "finetuning.py",
+        "--out {out}.jsonl --quick",
+        "--out {out}.jsonl --seeds 3 --methods hidlr,cosine hiulr,cosine {data}",
+        "--out {out}.jsonl --seeds 5 {data}",
+        "--out {out}.jsonl --report {data}",
+        30,
+    ),
+    "influence": Exhibit(
+        "Figures 6 and 7, Tables 3 and 4",
+        "adaptive_peft.py",
+        "--out {out} --quick",
+        "--out {out} --steps 60 {glue}",
+        "--out {out} {glue}",
+        None,
+        60,
+    ),
+    "rivals": Exhibit(
+        "rivals, schedules and performance profile",
+        "robustness.py",
+        "--out {out}.jsonl --suite smoke --figure {out}.png",
+        "--out {out}.jsonl",
+        "--out {out}.jsonl",
+        "--out {out}.jsonl --report --details --figure {out}.png",
+        60,
+    ),
+    "ablations": _sized("what reviewers asked for", "ablations.py", "--report", 15),
+    "scripts": Exhibit(
+        "public training scripts",
+        "real_scripts.py",
+        "--out {out}.jsonl --quick --scripts vae pinn",
+        "--out {out}.jsonl --seeds 3",
+        "--out {out}.jsonl --seeds 3",
+        None,
+        30,
+    ),
+}
+
+
+class Paths(NamedTuple):
+    """Where data are and results go."""
+
+    out: Path
+    data_dir: Path | None
+    e2e_dir: Path | None
+    fashion_dir: Path | None
+
+    def options(self) -> dict[str, str]:
+        """What stands for the data in the arguments."""
+        given = {
+            "--data-dir": self.data_dir,
+            "--e2e-dir": self.e2e_dir,
+            "--fashion-dir": self.fashion_dir,
+        }
+        known = {name: f"{name} {path.resolve()}" for name, path in given.items() if path}
+        glue = " ".join(known[name] for name in ("--data-dir", "--e2e-dir") if name in known)
+        return {"data": " ".join(known.values()), "glue": glue}
+
+
+class Outcome(NamedTuple):
+    """How a run ended: its exhibit, the exit status, and its minutes."""
+
+    name: str
+    status: int
+    minutes: float
+
+
+def command(name: str, arguments: str, paths: Paths) -> list[str]:
+    """What runs the script of an exhibit."""
+    filled = arguments.format(out=paths.out.resolve() / name, **paths.options())
+    return [sys.executable, str(HERE / EXHIBITS[name].script), *filled.split()]
+
+
+def execute(words: list[str], log: Path, environment: Mapping[str, str]) -> int:
+    """Runs a command with all it prints in a file; the exit status."""
+    with log.open("w") as file:
+        done = subprocess.run(
+            words, stdout=file, stderr=subprocess.STDOUT, env=dict(environment), check=False
+        )
+    return done.returncode
+
+
+def run(name: str, suite: str, paths: Paths) -> Outcome:
+    """One exhibit, unless the same command has ended well before, and then its report."""
+    exhibit, start = EXHIBITS[name], time.monotonic()
+    words = command(name, exhibit.arguments(suite), paths)
+    mark = paths.out / f"{name}.done"
+    environment = os.environ | _ONE_CORE
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    status = 0
+    if not (mark.exists() and mark.read_text() == " ".join(words)):
+        status = execute(words, paths.out / f"{name}.log", environment)
+        if status == 0:
+            mark.write_text(" ".join(words))
+    if status == 0 and exhibit.report is not None:
+        words = command(name, exhibit.report, paths)
+        status = execute(words, paths.out / f"{name}.md", environment)
+    return Outcome(name, status, (time.monotonic() - start) / 60)
+
+
+def chosen_by(suite: str, names: list[str], paths: Paths) -> list[str]:
+    """The exhibits that can be run, the longest first."""
+    wanted = [name for name in EXHIBITS if not names or name in names]
+    needs_data = [] if suite == "smoke" or paths.data_dir else ["fine_tuning"]
+    left_out = [name for name in wanted if name in needs_data]
+    if left_out:
+        print(f"Without --data-dir, a folder in GLUE's layout: left out {', '.join(left_out)}")
+    usable = [name for name in wanted if name not in left_out]
+    return sorted(usable, key=lambda name: -EXHIBITS[name].minutes)
+
+
+def main() -> None:
+    """Parses the arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--suite", choices=SUITES, default="paper")
+    parser.add_argument("--exhibits", nargs="*", default=[], choices=EXHIBITS, help="these alone")
+    parser.add_argument("--out", type=Path, default=Path("exhibits"), help="a folder")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="one core each")
+    parser.add_argument("--report", action="store_true", help="run nothing, only report")
+    parser.add_argument("--data-dir", type=Path, help="a folder in GLUE's layout")
+    parser.add_argument("--e2e-dir", type=Path, help="with devset.csv and testset_w_refs.csv")
+    parser.add_argument("--fashion-dir", type=Path, help="with Fashion-MNIST's four files")
+    args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error(f"--jobs must be 1 or more, got {args.jobs}")
+    paths = Paths(args.out, args.data_dir, args.e2e_dir, args.fashion_dir)
+    paths.out.mkdir(parents=True, exist_ok=True)
+    names = chosen_by(args.suite, args.exhibits, paths)
+    if args.report:
+        for name in names:
+            exhibit = EXHIBITS[name]
+            if exhibit.report is not None:
+                environment = os.environ | _ONE_CORE
+                execute(command(name, exhibit.report, paths), paths.out / f"{name}.md", environment)
+            print(f"{exhibit.shows}: {paths.out / name}.*")
+        return
+    minutes = sum(EXHIBITS[name].minutes for name in names)
+    if args.suite == "paper":
+        print(f"{len(names)} exhibits, about {minutes / 60:.1f} hours of one core")
+    failed = []
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        jobs = [pool.submit(run, name, args.suite, paths) for name in names]
+        done = concurrent.futures.as_completed(jobs)
+        for job in tqdm(done, "exhibits", len(jobs), disable=None):
+            outcome = job.result()
+            tqdm.write(f"{outcome.name}: {outcome.minutes:.1f} minutes, status {outcome.status}")
+            if outcome.status:
+                failed.append(outcome.name)
+    for name in failed:
+        printed = [paths.out / f"{name}{ending}" for ending in (".log", ".md")]
+        last = max(
+            (path for path in printed if path.exists()), key=lambda path: path.stat().st_mtime
+        )
+        print(
+            f"\n{name} failed; the end of {last}:\n", *last.read_text().splitlines()[-15:], sep="\n"
+        )
+    if failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
