@@ -402,3 +402,19 @@ def test_jit_does_not_change_the_types_of_the_state():
         assert jax.tree.map(jax.typeof, jitted) == jax.tree.map(jax.typeof, eager)
         eager, jitted = (f(-params, eager, params)[1] for f in (update, jax.jit(update)))
         assert jax.tree.map(jax.typeof, jitted) == jax.tree.map(jax.typeof, eager)
+
+
+@pytest.mark.parametrize("solver", [hd.hold(), hd.coupled()])
+def test_every_field_of_the_state_is_found_by_its_name(solver):
+    params = {"w": jnp.ones(3), "b": jnp.ones(())}
+    tx = optax.chain(optax.sgd(1.0), hd.hidlr(_square, {"w": "w", "b": "b"}, solver=solver))
+    state = tx.init(params)
+    for name in hd.HiDLRState._fields:
+        # `get` raises a KeyError where the state has two of a name.
+        found = optax.tree.get(state, name)
+        assert jax.tree.structure(found) == jax.tree.structure(getattr(state[-1], name))
+
+
+def _square(params, batch):
+    del batch
+    return jnp.sum(params["w"] ** 2) + params["b"] ** 2

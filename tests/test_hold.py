@@ -276,10 +276,8 @@ def test_looks_are_averaged_as_in_a_loop(finding, scale):
         for expected, found in ((known, progress.relative), (absolute, progress.absolute)):
             size = max(abs(expected["same"]), abs(expected["slope"]))
             units = {"same": size, "slope": size, "curvature": size / scale}
-            for name, unit in units.items():
-                np.testing.assert_allclose(
-                    getattr(found, name), expected[name], rtol=1e-4, atol=1e-5 * unit
-                )
+            for (name, unit), mean in zip(units.items(), found, strict=True):
+                np.testing.assert_allclose(mean, expected[name], rtol=1e-4, atol=1e-5 * unit)
         for name in ("size", "looks", "preconditioned"):
             _close(getattr(progress, name), known[name], rtol=1e-4)
 

@@ -53,15 +53,17 @@ _JUMP = 0.3  # of the loss: a rise by more than this, where the coming step lead
 class Averages(NamedTuple):
     """Of looks over refreshes, per unit of the joint rate: () float32 each.
 
+    No name is one of the state's own, which `optax.tree.get` finds by their names.
+
     Attributes:
-      same: S = −⟨∇L, u⟩ on the batch that made u.
-      slope: F.
-      curvature: C.
+      same_slope: S = −⟨∇L, u⟩ on the batch that made u.
+      start_slope: F.
+      curve: C.
     """
 
-    same: jax.Array
-    slope: jax.Array
-    curvature: jax.Array
+    same_slope: jax.Array
+    start_slope: jax.Array
+    curve: jax.Array
 
 
 class Progress(NamedTuple):
@@ -264,13 +266,15 @@ def look(
     def joined(before: Averages, by: jax.Array) -> Averages:
         same, slope = seen.same / unit / by, seen.slope / unit / by
         curvature = seen.curvature / unit**2 / by
-        size = jnp.maximum(jnp.where(count < 1, same, before.same), _TINY)
+        size = jnp.maximum(jnp.where(count < 1, same, before.same_slope), _TINY)
         slow = jnp.maximum(decay, _SLOPE_DECAY)
         curvature = jnp.clip(curvature, -2 * size / unit, 4 * size / unit)
         return Averages(
-            same=averaged(before.same, jnp.clip(same, -size, 3 * size), count, slow),
-            slope=averaged(before.slope, jnp.clip(slope, -3 * size, 3 * size), count, slow),
-            curvature=averaged(before.curvature, curvature, count, decay),
+            same_slope=averaged(before.same_slope, jnp.clip(same, -size, 3 * size), count, slow),
+            start_slope=averaged(
+                before.start_slope, jnp.clip(slope, -3 * size, 3 * size), count, slow
+            ),
+            curve=averaged(before.curve, curvature, count, decay),
         )
 
     least = _LEAST_SIZE * jnp.maximum(jnp.abs(progress.loss), jnp.abs(seen.same))
@@ -305,9 +309,11 @@ def ratios(averages: Averages, seen: Look, size: jax.Array, peak: jax.Array) -> 
       size: what it was divided by in these averages.
       peak: the largest factor of the schedule so far.
     """
-    share = jnp.maximum(averages.slope, _LEAST_SHARE * jnp.maximum(averages.same, _TINY))
+    share = jnp.maximum(
+        averages.start_slope, _LEAST_SHARE * jnp.maximum(averages.same_slope, _TINY)
+    )
     present = seen.curvature / jnp.maximum(seen.rate * size, _TINY) / share
-    average = averages.curvature * seen.rate / share
+    average = averages.curve * seen.rate / share
     peak = jnp.where(peak > 0, peak, 1)  # a schedule may begin at zero
     most = 1e6  # slopes that cancel leave a share of nothing
     return Ratios(jnp.clip(average / peak, -most, most), jnp.clip(present / peak, -most, most))
@@ -323,7 +329,7 @@ def goal_for(
     it noise. The share of noise in the slope is ν = 1 − F/S: S is the slope on the batch that made
     the step, F that on the next batch.
     """
-    noise = jnp.clip(1 - averages.slope / jnp.maximum(averages.same, _TINY), 0, 1)
+    noise = jnp.clip(1 - averages.start_slope / jnp.maximum(averages.same_slope, _TINY), 0, 1)
     lower = preconditioned_goal * (1 - _NOISE * noise)
     return goal + (lower - goal) * preconditioned
 
@@ -399,7 +405,7 @@ def leaps(progress: Progress, descent: jax.Array, rate: jax.Array) -> jax.Array:
 
 def _usual(progress: Progress, rate: jax.Array) -> jax.Array:
     """By how much a step at this joint rate lowers the loss by its slope, on average."""
-    return jnp.maximum(progress.relative.same, 0) * progress.size * rate
+    return jnp.maximum(progress.relative.same_slope, 0) * progress.size * rate
 
 
 def shortened(

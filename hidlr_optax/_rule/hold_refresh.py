@@ -266,7 +266,7 @@ class HoldRule:
         unit = joint(rates) * jnp.abs(clock.factor)
         scaled = seen._replace(rate=unit, curvature=seen.curvature * (unit / seen.rate) ** 2)
         change, progress = self.solver.change(state.progress, scaled, clock.factor, clock.finding)
-        ascends = progress.relative.same <= 0
+        ascends = progress.relative.same_slope <= 0
         change = jnp.where(usable & ~ascends & jnp.isfinite(change), change, 0.0)
         return state._replace(progress=progress), change
 
@@ -340,7 +340,7 @@ def _averaged(
 def _statuses(state: Packed, evidence: Evidence, measured: Measured) -> jax.Array:
     """(K,) int32 of `Kept`: the reasons why the refresh leaves rates as they were."""
     finite = _finite(measured.look) & jnp.isfinite(evidence.value)
-    joint_status = jnp.where(state.progress.relative.same <= 0, Kept.ASCENDS, Kept.UPDATED)
+    joint_status = jnp.where(state.progress.relative.same_slope <= 0, Kept.ASCENDS, Kept.UPDATED)
     joint_status = jnp.where(measured.resolved, joint_status, Kept.UNRESOLVED)
     statuses = jnp.where(measured.slope == 0, Kept.NO_SLOPE, joint_status)
     statuses = jnp.where(finite, statuses, Kept.NON_FINITE)
