@@ -1,0 +1,277 @@
+"""The paper's Figure 13: the two learning rates of LoRA, on the toy problem of LoRA+.
+
+A network x ↦ c·φ((V + BA)φ(Wx)) of width n = 1,000, φ = ReLU, frozen but for the adapters A (20 ×
+n, random) and B (n × 20, zero), on y = sin(Σ x_i / d) + noise of d = 5 inputs; 1,000 examples each
+for training, validation and test, full batches, Adam. (The paper's own listing was not at hand:
+sizes are those of LoRA+, arXiv 2402.12354, with its width raised to the paper's n.)
+
+A grid of constant rates for A and B; the best of all, the best equal ones and the best with B at
+ten times the rate of A (LoRA+ has sixteen), by validation loss; and where `hidlr` takes its two
+rates, nothing tuned.
+
+    python benchmarks/lora_toy.py --out lora_toy.jsonl
+    python benchmarks/lora_toy.py --out lora_toy.jsonl --report --figure lora_toy.png
+"""
+
+import argparse
+import functools
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+from store import Job, Row, Store
+from tables import markdown
+
+import hidlr_optax as hd
+
+FIELDS = ("method", "rate_A", "rate_B", "width", "steps")
+LABELS = {"A": "A", "B": "B"}
+INPUTS, RANK, EXAMPLES, NOISE = 5, 20, 1000, 0.1
+RATES = tuple(10.0 ** (n / 2) for n in range(-9, -1))  # half a decade apart
+CHECKS = 20
+
+
+class Size(NamedTuple):
+    """n, and the steps of a run."""
+
+    width: int
+    steps: int
+
+
+class Examples(NamedTuple):
+    """What the frozen layers make of inputs: h = φ(Wx) and Vh, (examples, n), and the targets."""
+
+    hidden: jax.Array
+    frozen: jax.Array
+    targets: jax.Array
+
+
+class Toy(NamedTuple):
+    """c, (n,), and three splits."""
+
+    outer: jax.Array
+    splits: dict[str, Examples]
+
+
+def make(key: jax.Array, width: int) -> tuple[Toy, Any]:
+    """The problem, and the adapters to begin with."""
+    inner, middle, outer, start, *parts = jax.random.split(key, 7)
+    first = jax.random.normal(inner, (INPUTS, width)) / np.sqrt(INPUTS)
+    second = jax.random.normal(middle, (width, width)) / np.sqrt(width)
+    splits = {}
+    for name, part in zip(("train", "validation", "test"), parts, strict=True):
+        ours, noise = jax.random.split(part)
+        x = jax.random.normal(ours, (EXAMPLES, INPUTS))
+        y = jnp.sin(x.sum(1) / INPUTS) + NOISE * jax.random.normal(noise, (EXAMPLES,))
+        hidden = jax.nn.relu(x @ first)
+        splits[name] = Examples(hidden, hidden @ second, y)
+    adapters = {
+        "A": jax.random.normal(start, (width, RANK)) / np.sqrt(width),
+        "B": jnp.zeros((RANK, width)),
+    }
+    return Toy(jax.random.normal(outer, (width,)) / np.sqrt(width), splits), adapters
+
+
+def loss(toy: Toy, params: Any, batch: Examples) -> jax.Array:
+    """Mean squared error."""
+    adapted = batch.frozen + batch.hidden @ params["A"] @ params["B"]
+    return jnp.mean((jax.nn.relu(adapted) @ toy.outer - batch.targets) ** 2)
+
+
+Rule = Callable[[Any], optax.GradientTransformationExtraArgs]
+
+
+def given(rates: jax.Array) -> optax.GradientTransformationExtraArgs:
+    """Constant rates for A and B."""
+
+    def update(updates: Any, state: Any, params: Any = None, **unused: Any) -> Any:
+        del params, unused
+        return {"A": rates[0] * updates["A"], "B": rates[1] * updates["B"]}, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def train(rule: Callable[[Any], Any], size: Size, key: jax.Array) -> dict[str, jax.Array]:
+    """One run: losses at the end, and rates and training losses on the way."""
+    toy, params = make(key, size.width)
+    value_fn = functools.partial(loss, toy)
+    tx = optax.chain(optax.adam(1.0), rule(value_fn))
+    batch = toy.splits["train"]
+
+    def step(carry: Any, _: None) -> Any:
+        params, state = carry
+        value, grad = jax.value_and_grad(value_fn)(params, batch)
+        updates, state = tx.update(grad, state, params, batch=batch, value=value, grad=grad)
+        return (optax.apply_updates(params, updates), state), value
+
+    def part(carry: Any, _: None) -> Any:
+        carry, values = jax.lax.scan(step, carry, length=size.steps // CHECKS)
+        rates = optax.tree.get(carry[1], "group_learning_rates", default={"A": 0.0, "B": 0.0})
+        # Sorted by name: A and B, or one rate for both.
+        now = jnp.stack([jnp.float32(list(rates.values())[place]) for place in (0, -1)])
+        return carry, (now, values[-1])
+
+    carry = params, optax.with_extra_args_support(tx).init(params)
+    (params, _), (rates, losses) = jax.lax.scan(part, carry, length=CHECKS)
+    ends = {name: value_fn(params, batch) for name, batch in toy.splits.items()}
+    return ends | {"rates": rates, "losses": losses}
+
+
+def constant_job(size: Size) -> Callable[[float, float], Job]:
+    """Of two rates; all share one compilation."""
+
+    @functools.cache
+    def compiled() -> Any:
+        return jax.jit(lambda rates, key: train(lambda loss: given(rates), size, key))
+
+    def job(a: float, b: float) -> Job:
+        def execute(seed: int) -> list[Row]:
+            return [_plain(compiled()(jnp.array([a, b]), jax.random.key(seed)))]
+
+        return Job({"method": "grid", "rate_A": a, "rate_B": b} | size._asdict(), execute)
+
+    return job
+
+
+def rule_job(method: str, rule: Rule, size: Size) -> Job:
+    """Of a rule that finds its rates."""
+    compiled = functools.cache(lambda: jax.jit(lambda key: train(rule, size, key)))
+
+    def execute(seed: int) -> list[Row]:
+        return [_plain(compiled()(jax.random.key(seed)))]
+
+    return Job({"method": method, "rate_A": None, "rate_B": None} | size._asdict(), execute)
+
+
+def _plain(found: dict[str, jax.Array]) -> Row:
+    return {name: np.asarray(value, float).round(8).tolist() for name, value in found.items()}
+
+
+def rules(steps: int) -> dict[str, Rule]:
+    """Nothing tuned; full batches, so slopes are of the same batch."""
+    cosine = optax.cosine_decay_schedule(1.0, steps)
+    return {
+        "hidlr": lambda loss: hd.hidlr(loss, LABELS),
+        "hidlr, cosine": lambda loss: hd.hidlr(loss, LABELS, schedule=cosine),
+        "one rate": lambda loss: hd.hiulr(loss),
+        "one rate, cosine": lambda loss: hd.hiulr(loss, schedule=cosine),
+    }
+
+
+def jobs(size: Size, rates: tuple[float, ...]) -> list[Job]:
+    """The grid, and the rules."""
+    constant = constant_job(size)
+    found = [constant(a, b) for a, b in itertools.product(rates, rates)]
+    return found + [rule_job(method, rule, size) for method, rule in rules(size.steps).items()]
+
+
+def _mean(rows: list[Row], split: str) -> float:
+    values = [row[split] for row in rows]
+    return float(np.mean(values)) if np.all(np.isfinite(values)) else np.inf
+
+
+def grid_of(rows: list[Row]) -> dict[tuple[float, float], list[Row]]:
+    """(η_A, η_B) -> their runs."""
+    found: dict[tuple[float, float], list[Row]] = {}
+    for row in rows:
+        if row["method"] == "grid":
+            found.setdefault((row["rate_A"], row["rate_B"]), []).append(row)
+    return found
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: what is best by validation loss, and the rules."""
+    grid = grid_of(rows)
+
+    def best(allowed: Callable[[float, float], bool]) -> tuple[float, float]:
+        pairs = [pair for pair in grid if allowed(*pair)]
+        return min(pairs, key=lambda pair: _mean(grid[pair], "validation"))
+
+    def near(ratio: float, wanted: float) -> bool:
+        return abs(np.log10(ratio) - wanted) < 0.01
+
+    chosen = {
+        "best pair": best(lambda a, b: True),
+        "best equal pair": best(lambda a, b: near(b / a, 0)),
+        "LoRA+: B at ten times the rate of A": best(lambda a, b: near(b / a, 1)),
+    }
+    runs = {f"{name} ({a:.1g}, {b:.1g})": grid[a, b] for name, (a, b) in chosen.items()}
+    for row in rows:
+        if row["method"] != "grid":
+            runs.setdefault(row["method"], []).append(row)
+    lines = []
+    for name, found in runs.items():
+        losses = [np.array([row[split] for row in found]) for split in ("train", "test")]
+        spread = [f"{x.mean():.4f} ± {x.std(ddof=min(1, len(x) - 1)):.4f}" for x in losses]
+        lines.append([name, len(found), *spread])
+    return markdown(["rates of A and B", "seeds", "train loss", "test loss"], lines)
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """The plane of the two rates: test losses, and the ways of `hidlr`."""
+    grid = grid_of(rows)
+    rates = sorted({a for a, _ in grid})
+    losses = np.array([[_mean(grid[a, b], "test") for a in rates] for b in rates])
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    plane, curves = figure.subplots(1, 2)
+    shown = plane.pcolormesh(rates, rates, np.log10(losses), shading="nearest", cmap="viridis")
+    figure.colorbar(shown, ax=plane, label="log₁₀ of the test loss")
+    for method, colour in (("hidlr", "tab:orange"), ("hidlr, cosine", "tab:red")):
+        for n, row in enumerate(row for row in rows if row["method"] == method):
+            way = np.array(row["rates"])
+            label = method if n == 0 else None
+            plane.plot(way[:, 0], way[:, 1], color=colour, linewidth=1, label=label)
+            plane.plot(*way[-1], marker="o", color=colour)
+    plane.plot(rates, rates, color="white", linestyle=":", linewidth=1, label="one rate")
+    plane.set(xscale="log", yscale="log", xlabel="learning rate of A", ylabel="learning rate of B")
+    plane.legend(fontsize=8)
+    best = min(grid, key=lambda pair: _mean(grid[pair], "validation"))
+    runs = {f"best pair ({best[0]:.1g}, {best[1]:.1g})": grid[best]}
+    for row in rows:
+        if row["method"] != "grid":
+            runs.setdefault(row["method"], []).append(row)
+    for name, found in runs.items():
+        ways = np.array([row["losses"] for row in found])
+        steps = np.arange(1, ways.shape[1] + 1) * found[0]["steps"] / ways.shape[1]
+        (line,) = curves.plot(steps, ways.mean(0), label=name, linewidth=1)
+        curves.fill_between(steps, ways.min(0), ways.max(0), color=line.get_color(), alpha=0.15)
+    curves.set(yscale="log", xlabel="step", ylabel="training loss: mean and range of the seeds")
+    curves.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Parses the arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("lora_toy.jsonl"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--full", action="store_true", help="five times the steps")
+    parser.add_argument("--quick", action="store_true", help="a few steps of a narrow network")
+    parser.add_argument("--report", action="store_true", help="run nothing, only report")
+    parser.add_argument("--figure", type=Path)
+    args = parser.parse_args()
+    size, rates = Size(1000, 200), RATES
+    if args.full:
+        size = Size(1000, 1000)
+    if args.quick:
+        size, rates, args.seeds = Size(32, CHECKS), RATES[::2], 1
+    store = Store(args.out, FIELDS)
+    if not args.report:
+        store.run(jobs(size, rates), range(args.seeds), "LoRA toy")
+    rows = store.rows()
+    if rows:
+        print(table(rows))
+        if args.figure is not None:
+            draw(rows, args.figure)
+
+
+if __name__ == "__main__":
+    main()
