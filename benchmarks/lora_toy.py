@@ -220,8 +220,11 @@ def draw(rows: list[Row], path: Path) -> None:
     losses = np.array([[_mean(grid[a, b], "test") for a in rates] for b in rates])
     figure = Figure(figsize=(11, 5), layout="constrained")
     plane, curves = figure.subplots(1, 2)
-    shown = plane.pcolormesh(rates, rates, np.log10(losses), shading="nearest", cmap="viridis")
-    figure.colorbar(shown, ax=plane, label="log₁₀ of the test loss")
+    ratio = losses / losses.min()
+    colours: Any = {"shading": "nearest", "cmap": "viridis", "vmin": 1, "vmax": 2}
+    shown = plane.pcolormesh(rates, rates, ratio, **colours)
+    label = "test loss of constant rates, over the least; 2 and more"
+    figure.colorbar(shown, ax=plane, label=label, extend="max")
     for method, colour in (("hidlr", "tab:orange"), ("hidlr, cosine", "tab:red")):
         for n, row in enumerate(row for row in rows if row["method"] == method):
             way = np.array(row["rates"])

@@ -14,6 +14,7 @@ in about two and a half hours on two cores (the sizes that are scaled down are i
 import argparse
 import concurrent.futures
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -40,6 +41,7 @@ class Exhibit(NamedTuple):
       shows: the figures and tables of the paper.
       script: its file.
       smoke: arguments of a few steps; where `{out}` stands, the folder and name of its files goes.
+        None: not in this suite.
       paper: of the suite that takes hours.
       full: of the paper's own sizes.
       report: of what makes tables and figures from the rows; None where the run itself does.
@@ -48,14 +50,14 @@ class Exhibit(NamedTuple):
 
     shows: str
     script: str
-    smoke: str
-    paper: str
-    full: str
+    smoke: str | None
+    paper: str | None
+    full: str | None
     report: str | None
     minutes: float
 
-    def arguments(self, suite: str) -> str:
-        """Of a suite."""
+    def arguments(self, suite: str) -> str | None:
+        """Of a suite; None where it has no part of it."""
         return {"smoke": self.smoke, "paper": self.paper, "full": self.full}[suite]
 
 
@@ -92,13 +94,31 @@ EXHIBITS: dict[str, Exhibit] = {
         25,
     ),
     "fine_tuning": Exhibit(
-        "Tables 1 and 2",
+        "Tables 1 and 2, frozen lower layers",
         "finetuning.py",
-        "--out {out}.jsonl --quick",
-        "--out {out}.jsonl --seeds 3 --methods hidlr,cosine hiulr,cosine {data}",
+        None,
+        "--out {out}.jsonl --seeds 3 --methods 'hidlr, cosine' 'hidlr, one rate, cosine' {data}",
         "--out {out}.jsonl --seeds 5 {data}",
         "--out {out}.jsonl --report {data}",
         30,
+    ),
+    "vision": Exhibit(
+        "Table 1, DINOv2 as a whole",
+        "finetune_vision.py",
+        "--out {out} --quick",
+        None,
+        "--out {out} --seeds 3",
+        None,
+        120,
+    ),
+    "text": Exhibit(
+        "Table 2, MiniLM by LoRA",
+        "finetune_text.py",
+        "--out {out} --quick",
+        None,
+        "--out {out} --seeds 3 {glue}",
+        None,
+        120,
     ),
     "influence": Exhibit(
         "Figures 6 and 7, Tables 3 and 4",
@@ -146,7 +166,11 @@ class Paths(NamedTuple):
             "--e2e-dir": self.e2e_dir,
             "--fashion-dir": self.fashion_dir,
         }
-        known = {name: f"{name} {path.resolve()}" for name, path in given.items() if path}
+        known = {
+            name: f"{name} {shlex.quote(str(path.resolve()))}"
+            for name, path in given.items()
+            if path
+        }
         glue = " ".join(known[name] for name in ("--data-dir", "--e2e-dir") if name in known)
         return {"data": " ".join(known.values()), "glue": glue}
 
@@ -161,8 +185,9 @@ class Outcome(NamedTuple):
 
 def command(name: str, arguments: str, paths: Paths) -> list[str]:
     """What runs the script of an exhibit."""
-    filled = arguments.format(out=paths.out.resolve() / name, **paths.options())
-    return [sys.executable, str(HERE / EXHIBITS[name].script), *filled.split()]
+    out = shlex.quote(str(paths.out.resolve() / name))
+    filled = arguments.format(out=out, **paths.options())
+    return [sys.executable, str(HERE / EXHIBITS[name].script), *shlex.split(filled)]
 
 
 def execute(words: list[str], log: Path, environment: Mapping[str, str]) -> int:
@@ -177,7 +202,9 @@ def execute(words: list[str], log: Path, environment: Mapping[str, str]) -> int:
 def run(name: str, suite: str, paths: Paths) -> Outcome:
     """One exhibit, unless the same command has ended well before, and then its report."""
     exhibit, start = EXHIBITS[name], time.monotonic()
-    words = command(name, exhibit.arguments(suite), paths)
+    arguments = exhibit.arguments(suite)
+    assert arguments is not None
+    words = command(name, arguments, paths)
     mark = paths.out / f"{name}.done"
     environment = os.environ | _ONE_CORE
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
@@ -194,7 +221,8 @@ def run(name: str, suite: str, paths: Paths) -> Outcome:
 
 def chosen_by(suite: str, names: list[str], paths: Paths) -> list[str]:
     """The exhibits that can be run, the longest first."""
-    wanted = [name for name in EXHIBITS if not names or name in names]
+    asked = [name for name in EXHIBITS if not names or name in names]
+    wanted = [name for name in asked if EXHIBITS[name].arguments(suite) is not None]
     needs_data = [] if suite == "smoke" or paths.data_dir else ["fine_tuning"]
     left_out = [name for name in wanted if name in needs_data]
     if left_out:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-STEPS = {"plain_jax": 40, "linen": 40, "nnx_lora": 40, "choose_and_freeze": 40}
+STEPS = {"plain_jax": 40, "mesh": 40, "linen": 40, "nnx_lora": 40, "choose_and_freeze": 40}
 
 pytest.importorskip("sklearn")
 

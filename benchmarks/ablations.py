@@ -1,0 +1,170 @@
+"""What a reviewer of the paper would take away or change, one thing at a time.
+
+On digits (an MLP, one fifth of the labels wrong) with AdamW and on an additive model with SGD,
+cosine schedule, three seeds: the design of the probes, the diagonal against the whole matrix, Φ,
+K, the batch that slopes come from, averaging, an initial rate that is wrong by up to a hundred, no
+schedule, momentum and weight decay in the direction. The first lines are the default rule, and the
+rule of the first version (`coupled()` with `probes()`), which the parts below it belong to.
+
+    python benchmarks/ablations.py --out ablations.jsonl
+    python benchmarks/ablations.py --out ablations.jsonl --report
+"""
+
+import argparse
+import functools
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from store import Job, Row, Store
+from tables import markdown
+from workloads import WORKLOADS, Workload, plain, train
+
+import hidlr_optax as hd
+
+FIELDS = ("problem", "variant", "steps")
+PROBLEMS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "digits, 20 % noise": lambda: optax.adamw(1.0),
+    "synthetic NAM": lambda: optax.sgd(1.0),
+}
+
+
+class Variant(NamedTuple):
+    """A change.
+
+    Attributes:
+      arguments: of `hidlr`.
+      grouping: "finest", that of the workload; "all"; "halves"; or "leaves".
+      cosine: whether there is a schedule.
+      base: in place of the problem's own optimizer.
+    """
+
+    arguments: Mapping[str, Any] = types.MappingProxyType({})
+    grouping: str = "finest"
+    cosine: bool = True
+    base: Callable[[], optax.GradientTransformation] | None = None
+
+
+def _first(**arguments: Any) -> Variant:
+    """The first version's rule, with something changed."""
+    parts: dict[str, Any] = {
+        "solver": hd.coupled(),
+        "curvature": hd.probes(batch_size=1),
+        "slope": "lagged",
+    }
+    return Variant(parts | arguments)
+
+
+VARIANTS: dict[str, Variant] = {
+    "default": Variant(),
+    "default, no schedule": Variant(cosine=False),
+    "default, one group": Variant(grouping="all"),
+    "default, two groups": Variant(grouping="halves"),
+    "default, a group for each leaf": Variant(grouping="leaves"),
+    **{f"default, Φ = {n}": Variant({"update_interval": n}) for n in (1, 4, 40)},
+    **{
+        f"default, first rate × {10.0**n:g}": Variant({"init_learning_rate": 1e-3 * 10.0**n})
+        for n in (-2, 2)
+    },
+    "default, slope of the same batch": Variant({"slope": "gradient"}),
+    "default, momentum in the direction": Variant(base=lambda: optax.sgd(1.0, momentum=0.9)),
+    "default, weight decay 0.1 in the direction": Variant(
+        base=lambda: optax.adamw(1.0, weight_decay=0.1)
+    ),
+    "first version": _first(),
+    "first version, random probes": _first(curvature=hd.probes(design="gaussian", batch_size=1)),
+    "first version, the diagonal alone": _first(solver=hd.diagonal()),
+    "first version, the whole Hessian": _first(curvature=hd.hessian(batch_size=1)),
+    "first version, slope of the same batch": _first(slope="gradient"),
+    "first version, no averaging": _first(ema_decay=0.0),
+    "first version, Φ = 1": _first(update_interval=1),
+}
+
+
+def labels_of(workload: Workload, grouping: str) -> Any:
+    """As `hidlr` takes them."""
+    if grouping == "all":
+        return "all"
+    if grouping == "finest":
+        return next(iter(workload.groupings.values()))
+    if grouping == "halves":
+        return functools.partial(_neighbours, count=2)
+    return functools.partial(_neighbours, count=None)
+
+
+def _neighbours(params: Any, count: int | None) -> Any:
+    """So many groups of leaves that follow each other, or one for each leaf."""
+    leaves, tree = jax.tree.flatten(params)
+    count = len(leaves) if count is None else count
+    return jax.tree.unflatten(tree, [f"{n * count // len(leaves):03d}" for n in range(len(leaves))])
+
+
+def job(problem: str, name: str, steps: int | None) -> Job:
+    """One variant; all seeds share a compilation."""
+    variant = VARIANTS[name]
+
+    @functools.cache
+    def compiled() -> Any:
+        workload = WORKLOADS[problem]()
+        workload = workload if steps is None else workload._replace(steps=steps)
+        decay = optax.cosine_decay_schedule(1.0, workload.steps) if variant.cosine else None
+        rule = hd.hidlr(
+            workload.loss,
+            labels_of(workload, variant.grouping),
+            schedule=decay,
+            **variant.arguments,
+        )
+        tx = optax.chain((variant.base or PROBLEMS[problem])(), rule)
+        return jax.jit(lambda key: train(workload, tx, key)[0])
+
+    def execute(seed: int) -> list[Row]:
+        return [plain(jax.tree.map(np.asarray, compiled()(jax.random.key(seed))))]
+
+    return Job({"problem": problem, "variant": name, "steps": steps}, execute)
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: test and train loss by problem, mean and standard deviation over seeds."""
+    problems = [name for name in PROBLEMS if any(row["problem"] == name for row in rows)]
+    lines = []
+    for name in VARIANTS:
+        cells: list[str] = []
+        for problem in problems:
+            found = [row for row in rows if (row["problem"], row["variant"]) == (problem, name)]
+            for part in ("test", "train"):
+                values = np.array([row[part] for row in found])
+                spread = values.std(ddof=1) if len(values) > 1 else 0.0
+                cells.append(f"{values.mean():.3f} ± {spread:.3f}" if len(values) else "")
+        if any(cells):
+            lines.append([name, *cells])
+    head = [f"{problem}: {part}" for problem in problems for part in ("test", "train")]
+    return markdown(["", *head], lines)
+
+
+def main() -> None:
+    """Parses the arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("ablations.jsonl"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--full", action="store_true", help="five seeds")
+    parser.add_argument("--quick", action="store_true", help="a few steps of two variants")
+    parser.add_argument("--report", action="store_true", help="run nothing, only report")
+    args = parser.parse_args()
+    problems, names = list(PROBLEMS), list(VARIANTS)
+    steps, seeds = None, 5 if args.full else args.seeds
+    if args.quick:
+        problems, names, steps, seeds = problems[:1], names[:2], 20, 1
+    store = Store(args.out, FIELDS)
+    if not args.report:
+        store.run([job(p, name, steps) for p in problems for name in names], range(seeds))
+    print(table(store.rows()))
+
+
+if __name__ == "__main__":
+    main()
