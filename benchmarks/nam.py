@@ -283,9 +283,15 @@ def chosen(rows: list[Row], name: str) -> Runs:
 
 
 def separation(row: Row) -> float:
-    """How well influence tells features that count from those that do not: the area under ROC."""
-    mean = np.mean(row["influence"], axis=0)[1:]  # β comes first by name
-    return float(sklearn.metrics.roc_auc_score([1] * COUNTING + [0] * (len(mean) - COUNTING), mean))
+    """How well influence tells features that count from those that do not: the area under ROC.
+
+    Not a number where there are no influences of single features.
+    """
+    influence = np.array(row.get("influence", [[]]))[:, 1:]  # β comes first by name
+    if influence.shape[1] <= COUNTING or not np.all(np.isfinite(influence)):
+        return np.nan
+    truth = [1] * COUNTING + [0] * (influence.shape[1] - COUNTING)
+    return float(sklearn.metrics.roc_auc_score(truth, np.median(influence, axis=0)))
 
 
 def steps_to(row: Row, target: float) -> float:
@@ -305,15 +311,16 @@ def table(rows: list[Row], name: str) -> str:
     target, lines = float(max(tuned)), []
     for method, found in runs.items():
         losses = [np.array([row[s][-1] for row in found]) for s in ("train", "test")]
-        spread = [f"{x.mean():.3f} ± {x.std(ddof=min(1, len(x) - 1)):.3f}" for x in losses]
-        part = float(np.median([steps_to(row, target) for row in found]))
-        areas = [
-            separation(row)
-            for row in found
-            if name == "synthetic" and len(row.get("influence", [[]])[0]) > 1
+        spread = [
+            f"{x.mean():.3f} ± {x.std(ddof=min(1, len(x) - 1)):.3f}"
+            if np.all(x < 1e6)
+            else "diverged"
+            for x in losses
         ]
+        part = float(np.median([steps_to(row, target) for row in found]))
+        areas = [separation(row) for row in found if name == "synthetic"]
         seconds = np.median([row["seconds"] for row in found])
-        area = f"{np.mean(areas):.2f}" if areas else ""
+        area = f"{np.mean(areas):.2f}" if np.all(np.isfinite(areas)) and areas else ""
         reached = f"{100 * part:.0f} %" if np.isfinite(part) else "never"
         lines.append([method, len(found), *spread, reached, area, f"{seconds:.0f}"])
     head = ["method", "seeds", "train loss", "test loss", "reaches the target after"]

@@ -43,6 +43,7 @@ _START = 3e-2  # of the loss: what the first step, by its slope alone, is to cha
 _SHORTEST_START, _LONGEST_START = 1e-3, 1.0  # of the length of the parameters: that of this step
 _LEAST_SIZE = 1e-3  # of the running loss and the slope, that looks are relative to at least
 _STRAY = 2.5  # standard errors of the running loss above its least, from where it strays
+_STRAY_PATIENCE = 60.0  # refreshes after which that grows
 _ALARM = 4.0  # standard deviations of the loss above the running one that call for a look
 _SHORTEST = 0.1  # of a step that is looked at before it is taken, at once
 TRIES = 5  # how often such a step is shortened
@@ -444,9 +445,13 @@ def guard(
 
     The rates are cut to the part of the coming step that may be taken; by half at least, where the
     last step has raised the loss by more than 30 % on a batch that it has not seen, or where the
-    running loss of such batches lies above its least by 2.5 times its standard error. Then the
-    rates never rise above that again, and the running loss begins anew: while it still catches up
-    with a loss that has risen, it would call for one cut after the other.
+    running loss of such batches strays above its least. Then the rates never rise above that again,
+    and the running loss begins anew: while it still catches up with a loss that has risen, it would
+    call for one cut after the other.
+
+    It strays by 2.5 standard errors and, after n refreshes, by ln(1 + (n/60)²) more: the longer a
+    run, the further the least lies below the mean by chance alone, and a loss that has come to rest
+    would halve the rates every hundred steps.
 
     Args:
       progress: the averages.
@@ -456,7 +461,8 @@ def guard(
       rate: the joint rate, without the schedule.
     """
     error = jnp.sqrt(progress.least_spread * (1 - _LOSS_DECAY) / (1 + _LOSS_DECAY))
-    strays = progress.loss - progress.least > _STRAY * error
+    limit = _STRAY + jnp.log1p((progress.held / _STRAY_PATIENCE) ** 2)
+    strays = progress.loss - progress.least > limit * error
     # A loss may be zero whatever the step does to it: then by what the step should have won.
     size = jnp.maximum(_size(progress, loss), _usual(progress, rate))
     harmed = (behind > _JUMP * size) | strays
