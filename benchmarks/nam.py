@@ -340,7 +340,8 @@ def draw(rows: list[Row], path: Path) -> None:
             (line,) = curves.plot(epochs, ways.mean(0), label=method, linewidth=1)
             curves.fill_between(epochs, ways.min(0), ways.max(0), color=line.get_color(), alpha=0.1)
         curves.set(yscale="log", xlabel="epoch", ylabel="test loss", title=name)
-        curves.set_ylim(top=float(np.nanmedian([r["test"][0] for f in runs.values() for r in f])))
+        ends = [row["test"][place] for found in runs.values() for row in found for place in (0, -1)]
+        curves.set_ylim(0.9 * np.nanmin(ends), float(np.nanmedian(ends[::2])))
         curves.legend(fontsize=6)
         (row, *_) = runs["hidlr, cosine"]
         epochs = np.arange(1, CHECKS + 1) * row["epochs"] / CHECKS
@@ -351,7 +352,10 @@ def draw(rows: list[Row], path: Path) -> None:
             rates.plot(epochs, np.array(row["rates"])[:, k], **style)
             influence.plot(epochs, np.array(row["influence"])[:, k], **style)
         rates.set(yscale="log", xlabel="epoch", title="hidlr, cosine: learning rates")
-        influence.set(yscale="log", xlabel="epoch", title="influence b²/a (dashed: counts nothing)")
+        # Where a curvature is not positive there is no influence, and the quotient is huge.
+        limits = 1e-6, 3 * float(np.max(row["influence"][0]))
+        title = "influence b²/a (dashed: counts nothing)"
+        influence.set(yscale="log", xlabel="epoch", title=title, ylim=limits)
         influence.legend(fontsize=6)
         places = np.linspace(-1, 1, POINTS)
         for k in range(min(len(labels) - 1, COUNTING)):
