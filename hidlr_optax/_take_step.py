@@ -31,6 +31,11 @@ def evaluated(
     return out, downhill, {"value": out[0] if has_aux else out, "grad": grad}
 
 
+def unless_default(refresh: Any) -> dict[str, Any]:
+    """`refresh` as a keyword, where it says anything: not every transformation knows it."""
+    return {} if refresh is True else {"refresh": refresh}
+
+
 def take_step(
     tx: optax.GradientTransformation,
     loss_fn: Callable[..., Any],
@@ -83,6 +88,6 @@ def take_step(
     out, grad, known = evaluated(take(params, *args, **kwargs), has_aux, edit)
     value_fn = as_value_fn(loss_fn, has_aux, *args, **kwargs)
     updates, state = optax.with_extra_args_support(tx).update(
-        grad, state, params, value_fn=value_fn, refresh=refresh, **known
+        grad, state, params, value_fn=value_fn, **known, **unless_default(refresh)
     )
     return optax.apply_updates(params, updates), state, out

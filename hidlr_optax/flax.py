@@ -19,7 +19,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from hidlr_optax._paths import leaf_paths, listing
-from hidlr_optax._take_step import as_value_fn, evaluated
+from hidlr_optax._take_step import as_value_fn, evaluated, unless_default
 from hidlr_optax.peft._partition import trainable_labels
 from hidlr_optax.peft._plan import Plan
 
@@ -78,7 +78,7 @@ class TrainState(train_state.TrainState):
             # `updates`, not `grads`: Flax takes the part out that it overwrites by itself (fp8).
             raw = updates if grad is None else grad
             known = {"batch": batch, "value": value, "value_fn": value_fn, "grad": raw}
-            return tx.update(updates, state, params, refresh=refresh, **known)
+            return tx.update(updates, state, params, **known, **unless_default(refresh))
 
         if grad is None and any(map(jax.numpy.iscomplexobj, jax.tree.leaves(grads))):
             raise ValueError(
@@ -170,7 +170,7 @@ def take_step(
         loss_fn, argnums=nnx.DiffState(0, wrt), has_aux=has_aux
     )
     out, grad, known = evaluated(take(model, *args, **kwargs), has_aux, edit)
-    optimizer.update(model, grad, value_fn=value_fn, refresh=refresh, **known)
+    optimizer.update(model, grad, value_fn=value_fn, **known, **unless_default(refresh))
     return out
 
 

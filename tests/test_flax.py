@@ -125,6 +125,9 @@ def test_train_state_hands_on_every_argument():
     raw = {"w": jnp.zeros(2)}
     state.apply_gradients(grads=grads, grad=raw)
     assert seen["grad"] is raw
+    assert "refresh" not in seen
+    state.apply_gradients(grads=grads, refresh=False)
+    assert seen["refresh"] is False
 
 
 @pytest.mark.parametrize(
