@@ -127,6 +127,10 @@ class Products(NamedTuple):
     down: jax.Array
     across: jax.Array
 
+    def whole(self) -> "Products":
+        """Of all groups together: () float32 each."""
+        return Products(*(jnp.sum(product).astype(jnp.float32) for product in self))
+
 
 class Evidence(NamedTuple):
     """Everything that one call of `update` says about the loss.
@@ -202,11 +206,8 @@ class Evidence(NamedTuple):
         return self._scaled(self.coming.slope(self.grad) if taken is None else -taken.down)
 
     def last_slope(self) -> jax.Array | None:
-        """The slopes along the last step at the parameters, (K,); None without a gradient."""
-        if self.grad is None:
-            return None
-        taken = self.taken
-        return self._scaled(self.last().slope(self.grad) if taken is None else -taken.across)
+        """The same along the last step, of evidence `with_products`."""
+        return None if self.grad is None else self._scaled(-self.products.across)
 
     def _scaled(self, slope: jax.Array) -> jax.Array:
         return slope * jnp.asarray(self.factor).astype(slope.dtype)

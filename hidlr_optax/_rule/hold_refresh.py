@@ -36,7 +36,7 @@ from hidlr_optax._rule.hold import (
 )
 from hidlr_optax._rule.mismatches import refresh_if
 from hidlr_optax._state import Clock, Packed, initial_rates
-from hidlr_optax._step_loss import Evidence, Products, SlopeSource, StepLoss
+from hidlr_optax._step_loss import Evidence, SlopeSource, StepLoss
 from hidlr_optax.curvature._measurement import RESOLUTION, Estimator, measure
 
 _TINY = 1e-30
@@ -354,8 +354,7 @@ def _preconditioned(evidence: Evidence) -> jax.Array:
     """Distance of the coming direction from a running sum of gradients; 0 without a gradient."""
     if evidence.grad is None:
         return jnp.zeros((), jnp.float32)
-    whole = [jnp.sum(product).astype(jnp.float32) for product in evidence.products]
-    known = Products(*whole)._asdict()
+    known = evidence.products.whole()._asdict()
     del known["params"]
     return preconditioned(**known)
 
@@ -405,8 +404,7 @@ def _guarded(
 
 def _is_sound(evidence: Evidence) -> jax.Array:
     """Whether the loss at the parameters and the coming direction are finite."""
-    square = jnp.sum(evidence.products.direction).astype(jnp.float32)
-    return jnp.isfinite(evidence.value) & jnp.isfinite(square)
+    return jnp.isfinite(evidence.value) & jnp.isfinite(evidence.products.whole().direction)
 
 
 def _finite(tree: Any) -> jax.Array:

@@ -123,11 +123,9 @@ def _factor(
     evidence: Evidence, measured: jax.Array, before: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """What slopes by the gradient have to be multiplied by, and whether that is not one."""
-    products = evidence.products
-    given = -_whole(products.down)
-    rounding = (
-        _SLOPE_PART * jnp.sqrt(_whole(products.gradient)) * jnp.sqrt(_whole(products.direction))
-    )
+    whole = evidence.products.whole()
+    given = -whole.down
+    rounding = _SLOPE_PART * jnp.sqrt(whole.gradient) * jnp.sqrt(whole.direction)
     # Of the larger one: a gradient that is far too small has small norms, too.
     known = jnp.maximum(jnp.abs(given), jnp.abs(measured)) > rounding
     known &= jnp.isfinite(given) & jnp.isfinite(measured)
@@ -154,8 +152,3 @@ def _counted(new: Packed, evidence: Evidence) -> Packed:
         ascents=new.ascents + ascends.astype(jnp.int32),
         highest_learning_rates=jnp.maximum(new.highest_learning_rates, rates),
     )
-
-
-def _whole(product: jax.Array) -> jax.Array:
-    """Of all groups together: () float32."""
-    return jnp.sum(product).astype(jnp.float32)
