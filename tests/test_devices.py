@@ -6,13 +6,13 @@ import re
 import socket
 import subprocess
 import sys
-import textwrap
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import worker
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from support import promoting
 
@@ -131,90 +131,25 @@ def test_rates_are_those_of_one_device_and_shardings_stay(fsdp):
     assert all(jax.tree.leaves(same))
 
 
-_WORKER = """
-import os, sys
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-import jax
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-address, process = sys.argv[1], int(sys.argv[2])
-jax.distributed.initialize(address, num_processes=2, process_id=process)
-import jax.numpy as jnp, numpy as np, optax, hidlr_optax as hd
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-assert jax.device_count() == 4 and jax.local_device_count() == 2
-mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
-rows, everywhere = (NamedSharding(mesh, PartitionSpec(*x)) for x in (("x",), ()))
-
-def loss_fn(params, batch):
-    return jnp.mean((jnp.tanh(batch[0] @ params["w"]) @ params["v"] - batch[1]) ** 2)
-
-rng = np.random.default_rng(0)
-start = {"w": rng.normal(size=(8, 16)) / 3, "v": rng.normal(size=16) / 4}
-start = {name: leaf.astype(np.float32) for name, leaf in start.items()}
-params = {n: jax.make_array_from_process_local_data(everywhere, p) for n, p in start.items()}
-tx = optax.chain(optax.adamw(1.0), hd.hidlr(loss_fn, {"w": "w", "v": "v"}))
-state = jax.jit(tx.init)(params)
-
-@jax.jit
-def step(params, state, batch):
-    value, grad = jax.value_and_grad(loss_fn)(params, batch)
-    updates, state = tx.update(grad, state, params, batch=batch, value=value, grad=grad)
-    return optax.apply_updates(params, updates), state, value
-
-for n in range(30):
-    x = np.random.default_rng(n).normal(size=(32, 8)).astype(np.float32)
-    whole = x, np.sin(x[:, 0])
-    mine = slice(16 * process, 16 * process + 16)
-    batch = tuple(jax.make_array_from_process_local_data(rows, part[mine]) for part in whole)
-    params, state, value = step(params, state, batch)
-rates = optax.tree.get(state, "group_learning_rates")
-print("RATES", *(repr(float(rates[name])) for name in ("v", "w")), repr(float(value)), flush=True)
-"""
-
-
-def _alone():
-    """What the workers do, in this process and on one device."""
-
-    def loss_fn(params, batch):
-        return jnp.mean((jnp.tanh(batch[0] @ params["w"]) @ params["v"] - batch[1]) ** 2)
-
-    rng = np.random.default_rng(0)
-    params = {"w": rng.normal(size=(8, 16)) / 3, "v": rng.normal(size=16) / 4}
-    params = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in params.items()}
-    rule = hd.hidlr(loss_fn, {"w": "w", "v": "v"})
-    tx = optax.chain(promoting("standard", optax.adamw(1.0)), rule)
-    state, value = tx.init(params), None
-
-    @jax.jit
-    def step(params, state, batch):
-        value, grad = jax.value_and_grad(loss_fn)(params, batch)
-        updates, state = tx.update(grad, state, params, batch=batch, value=value, grad=grad)
-        return optax.apply_updates(params, updates), state, value
-
-    for n in range(30):
-        x = np.random.default_rng(n).normal(size=(32, 8)).astype(np.float32)
-        params, state, value = step(params, state, (x, np.sin(x[:, 0])))
-    rates = optax.tree.get(state, "group_learning_rates")
-    return [float(rates["v"]), float(rates["w"]), float(value)]
-
-
 def test_two_processes_train_together():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    words = [sys.executable, "-c", textwrap.dedent(_WORKER), address]
-    workers = [
-        subprocess.Popen(
-            [*words, str(n)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        for n in range(2)
+    words = [sys.executable, worker.__file__, address]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    processes = [
+        subprocess.Popen([*words, str(n)], env=environment, **pipes)
+        for n in range(worker.PROCESSES)
     ]
     try:
-        printed = [worker.communicate(timeout=240) for worker in workers]
+        printed = [process.communicate(timeout=240) for process in processes]
     finally:
-        for worker in workers:
-            worker.kill()
-    assert all(worker.returncode == 0 for worker in workers), printed
-    lines = [re.findall(rb"RATES (.*)", out)[0].split() for out, _ in printed]
-    assert lines[0] == lines[1]  # to the last bit
-    np.testing.assert_allclose([float(x) for x in lines[0]], _alone(), rtol=1e-5)
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), printed
+    first, second = (re.findall(rb"ENDS (.*)", out)[0].split() for out, _ in printed)
+    assert first == second  # to the last bit
+    with jax.numpy_dtype_promotion("standard"):  # Optax's AdamW is not written strictly
+        alone = worker.train(jnp.asarray, lambda batch: batch)
+    np.testing.assert_allclose([float(x) for x in first], alone, rtol=1e-5)

@@ -395,8 +395,8 @@ def _guarded_in_python(mean, least, spread, ceiling, behind, part, loss, rate, u
 @pytest.mark.parametrize("least", [INF, 1.0, 1.70, 1.71])
 def test_the_guard_is_that_of_plain_python(behind, ceiling, least):
     mean, spread, loss, rate = 2.0, 0.25, 1.0, 0.2
-    known = {"spread": 99.0, "least_spread": spread, "ceiling": ceiling, "losses": 30.0}
-    known["held"] = 90.0
+    known = {"spread": 99.0, "least_spread": spread, "ceiling": ceiling}
+    known |= {"losses": 30.0, "held": 90.0}
     guard = jax.jit(_hold.guard)
     # The first is what such a step wins by its slope.
     for usual, part in itertools.product([-9.0, 1.9, 4.0], [1.0, 0.5, 1e-5]):
