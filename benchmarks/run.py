@@ -1,9 +1,9 @@
 """Every exhibit of the paper, or its stand-in on free data, from one command.
 
 Each exhibit is one of the scripts beside this one; all of them keep their runs as JSON lines and go
-on where they were stopped, and so does this. `smoke` does a few steps of each, `paper` all of them
-in about two and a half hours on two cores (the sizes that are scaled down are in `EXHIBITS`),
-`full` takes the sizes of the paper where they differ.
+on where they were stopped, and so does this. `smoke` does a few steps of each, `paper` takes hours
+(each exhibit's minutes, and the sizes that are scaled down, are in `EXHIBITS`), `full` has the
+sizes of the paper where they differ.
 
     pip install -e '.[bench]'
     python -m benchmarks.run --suite smoke
@@ -18,7 +18,6 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -190,32 +189,32 @@ def command(name: str, arguments: str, paths: Paths) -> list[str]:
     return [sys.executable, str(HERE / EXHIBITS[name].script), *shlex.split(filled)]
 
 
-def execute(words: list[str], log: Path, environment: Mapping[str, str]) -> int:
-    """Runs a command with all it prints in a file; the exit status."""
+def execute(words: list[str], log: Path) -> int:
+    """Runs a command on one core with all it prints in a file; the exit status."""
     with log.open("w") as file:
-        done = subprocess.run(
-            words, stdout=file, stderr=subprocess.STDOUT, env=dict(environment), check=False
-        )
-    return done.returncode
+        streams = {"stdout": file, "stderr": subprocess.STDOUT}
+        return subprocess.run(words, **streams, env=os.environ | _ONE_CORE, check=False).returncode
+
+
+def report(name: str, paths: Paths) -> int:
+    """Tables and figures of an exhibit's rows, where the run has not made them; the exit status."""
+    arguments = EXHIBITS[name].report
+    if arguments is None:
+        return 0
+    return execute(command(name, arguments, paths), paths.out / f"{name}.md")
 
 
 def run(name: str, suite: str, paths: Paths) -> Outcome:
     """One exhibit, unless the same command has ended well before, and then its report."""
-    exhibit, start = EXHIBITS[name], time.monotonic()
-    arguments = exhibit.arguments(suite)
+    arguments, start = EXHIBITS[name].arguments(suite), time.monotonic()
     assert arguments is not None
     words = command(name, arguments, paths)
-    mark = paths.out / f"{name}.done"
-    environment = os.environ | _ONE_CORE
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    status = 0
+    mark, status = paths.out / f"{name}.done", 0
     if not (mark.exists() and mark.read_text() == " ".join(words)):
-        status = execute(words, paths.out / f"{name}.log", environment)
+        status = execute(words, paths.out / f"{name}.log")
         if status == 0:
             mark.write_text(" ".join(words))
-    if status == 0 and exhibit.report is not None:
-        words = command(name, exhibit.report, paths)
-        status = execute(words, paths.out / f"{name}.md", environment)
+    status = status or report(name, paths)
     return Outcome(name, status, (time.monotonic() - start) / 60)
 
 
@@ -252,11 +251,8 @@ def main() -> None:
     names = chosen_by(args.suite, args.exhibits, paths)
     if args.report:
         for name in names:
-            exhibit = EXHIBITS[name]
-            if exhibit.report is not None:
-                environment = os.environ | _ONE_CORE
-                execute(command(name, exhibit.report, paths), paths.out / f"{name}.md", environment)
-            print(f"{exhibit.shows}: {paths.out / name}.*")
+            report(name, paths)
+            print(f"{EXHIBITS[name].shows}: {paths.out / name}.*")
         return
     minutes = sum(EXHIBITS[name].minutes for name in names)
     if args.suite == "paper":
