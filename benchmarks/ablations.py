@@ -10,19 +10,17 @@ rule of the first version (`coupled()` with `probes()`), which the parts below i
     python benchmarks/ablations.py --out ablations.jsonl --report
 """
 
-import argparse
 import functools
 import types
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
-from store import Job, Row, Store
-from tables import markdown
-from workloads import WORKLOADS, Workload, plain, train
+from store import Job, Row, Store, arguments
+from tables import markdown, mean_sd
+from workloads import WORKLOADS, Workload, neighbours, plain, train
 
 import hidlr_optax as hd
 
@@ -92,15 +90,8 @@ def labels_of(workload: Workload, grouping: str) -> Any:
     if grouping == "finest":
         return next(iter(workload.groupings.values()))
     if grouping == "halves":
-        return functools.partial(_neighbours, count=2)
-    return functools.partial(_neighbours, count=None)
-
-
-def _neighbours(params: Any, count: int | None) -> Any:
-    """So many groups of leaves that follow each other, or one for each leaf."""
-    leaves, tree = jax.tree.flatten(params)
-    count = len(leaves) if count is None else count
-    return jax.tree.unflatten(tree, [f"{n * count // len(leaves):03d}" for n in range(len(leaves))])
+        return functools.partial(neighbours, groups=2)
+    return lambda params: neighbours(params, groups=len(jax.tree.leaves(params)))
 
 
 def job(problem: str, name: str, steps: int | None) -> Job:
@@ -136,9 +127,7 @@ def table(rows: list[Row]) -> str:
         for problem in problems:
             found = [row for row in rows if (row["problem"], row["variant"]) == (problem, name)]
             for part in ("test", "train"):
-                values = np.array([row[part] for row in found])
-                spread = values.std(ddof=1) if len(values) > 1 else 0.0
-                cells.append(f"{values.mean():.3f} ± {spread:.3f}" if len(values) else "")
+                cells.append(mean_sd([row[part] for row in found], ddof=1) if found else "")
         if any(cells):
             lines.append([name, *cells])
     head = [f"{problem}: {part}" for problem in problems for part in ("test", "train")]
@@ -147,15 +136,8 @@ def table(rows: list[Row]) -> str:
 
 def main() -> None:
     """Parses the arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("ablations.jsonl"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--full", action="store_true", help="five seeds")
-    parser.add_argument("--quick", action="store_true", help="a few steps of two variants")
-    parser.add_argument("--report", action="store_true", help="run nothing, only report")
-    args = parser.parse_args()
+    quick = "a few steps of two variants"
+    args = arguments(__doc__, "ablations.jsonl", full="five seeds", quick=quick)
     problems, names = list(PROBLEMS), list(VARIANTS)
     steps, seeds = None, 5 if args.full else args.seeds
     if args.quick:

@@ -92,19 +92,19 @@ def milliseconds(
       problem: what it trains.
       repeats: cycles.
       cycle: steps of one.
-      between: takes its place between refreshes; None: it takes all steps.
+      between: takes its place between refreshes; None: nothing does.
       interval: from refresh to refresh.
     """
     # Copies, since both are donated.
     params, state = jax.tree.map(jnp.copy, (problem.params, compiled.state))
     batches = [problem.batch(n) for n in range(max(cycle, WARM))]  # slicing is no part of a step
     found, value, count = [], jnp.zeros(()), 0
+    other = compiled if between is None else between
     for steps in (WARM, *[cycle] * repeats):
         jax.block_until_ready((params, state))
         start = time.perf_counter()
         for n in range(steps):
-            due = between is None or count < FINDING or count % interval == 0
-            taken = compiled if due or between is None else between
+            taken = compiled if count < FINDING or count % interval == 0 else other
             params, state, value = taken.step(params, state, batches[n])
             count += 1
         jax.block_until_ready((params, state))

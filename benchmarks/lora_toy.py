@@ -13,7 +13,6 @@ rates, nothing tuned.
     python benchmarks/lora_toy.py --out lora_toy.jsonl --report --figure lora_toy.png
 """
 
-import argparse
 import functools
 import itertools
 from collections.abc import Callable
@@ -25,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from store import Job, Row, Store
-from tables import markdown
+from store import Job, Row, Store, arguments, rounded
+from tables import finite_mean, markdown, mean_sd
 
 import hidlr_optax as hd
 
@@ -34,7 +33,7 @@ FIELDS = ("method", "rate_A", "rate_B", "width", "steps")
 LABELS = {"A": "A", "B": "B"}
 INPUTS, RANK, EXAMPLES, NOISE = 5, 20, 1000, 0.1
 RATES = tuple(10.0 ** (n / 2) for n in range(-9, -1))  # half a decade apart
-CHECKS = 20
+CHECKS, DIGITS = 20, 8
 
 
 class Size(NamedTuple):
@@ -117,7 +116,7 @@ def train(rule: Callable[[Any], Any], size: Size, key: jax.Array) -> dict[str, j
         now = jnp.stack([jnp.float32(list(rates.values())[place]) for place in (0, -1)])
         return carry, (now, values[-1])
 
-    carry = params, optax.with_extra_args_support(tx).init(params)
+    carry = params, tx.init(params)
     (params, _), (rates, losses) = jax.lax.scan(part, carry, length=CHECKS)
     ends = {name: value_fn(params, batch) for name, batch in toy.splits.items()}
     return ends | {"rates": rates, "losses": losses}
@@ -132,7 +131,7 @@ def constant_job(size: Size) -> Callable[[float, float], Job]:
 
     def job(a: float, b: float) -> Job:
         def execute(seed: int) -> list[Row]:
-            return [_plain(compiled()(jnp.array([a, b]), jax.random.key(seed)))]
+            return [rounded(compiled()(jnp.array([a, b]), jax.random.key(seed)), DIGITS)]
 
         return Job({"method": "grid", "rate_A": a, "rate_B": b} | size._asdict(), execute)
 
@@ -144,17 +143,13 @@ def rule_job(method: str, rule: Rule, size: Size) -> Job:
     compiled = functools.cache(lambda: jax.jit(lambda key: train(rule, size, key)))
 
     def execute(seed: int) -> list[Row]:
-        return [_plain(compiled()(jax.random.key(seed)))]
+        return [rounded(compiled()(jax.random.key(seed)), DIGITS)]
 
     return Job({"method": method, "rate_A": None, "rate_B": None} | size._asdict(), execute)
 
 
-def _plain(found: dict[str, jax.Array]) -> Row:
-    return {name: np.asarray(value, float).round(8).tolist() for name, value in found.items()}
-
-
 def rules(steps: int) -> dict[str, Rule]:
-    """Nothing tuned; full batches, so slopes are of the same batch."""
+    """Nothing tuned."""
     cosine = optax.cosine_decay_schedule(1.0, steps)
     return {
         "hidlr": lambda loss: hd.hidlr(loss, LABELS),
@@ -171,53 +166,49 @@ def jobs(size: Size, rates: tuple[float, ...]) -> list[Job]:
     return found + [rule_job(method, rule, size) for method, rule in rules(size.steps).items()]
 
 
-def _mean(rows: list[Row], split: str) -> float:
-    values = [row[split] for row in rows]
-    return float(np.mean(values)) if np.all(np.isfinite(values)) else np.inf
+Pair = tuple[float, float]  # η_A, η_B
+Grid = dict[Pair, list[Row]]
 
 
-def grid_of(rows: list[Row]) -> dict[tuple[float, float], list[Row]]:
-    """(η_A, η_B) -> their runs."""
-    found: dict[tuple[float, float], list[Row]] = {}
+def by_method(rows: list[Row]) -> tuple[Grid, dict[str, list[Row]]]:
+    """The runs of constant rates, and those of the rules."""
+    grid: Grid = {}
+    found: dict[str, list[Row]] = {}
     for row in rows:
         if row["method"] == "grid":
-            found.setdefault((row["rate_A"], row["rate_B"]), []).append(row)
-    return found
+            grid.setdefault((row["rate_A"], row["rate_B"]), []).append(row)
+        else:
+            found.setdefault(row["method"], []).append(row)
+    return grid, found
+
+
+def best(grid: Grid, ratio: float | None = None) -> Pair:
+    """By validation loss; of the pairs of this η_B/η_A alone, where one is given."""
+    pairs = [(a, b) for a, b in grid if ratio is None or np.isclose(b / a, ratio)]
+    return min(pairs, key=lambda pair: finite_mean(row["validation"] for row in grid[pair]))
 
 
 def table(rows: list[Row]) -> str:
     """Markdown: what is best by validation loss, and the rules."""
-    grid = grid_of(rows)
-
-    def best(allowed: Callable[[float, float], bool]) -> tuple[float, float]:
-        pairs = [pair for pair in grid if allowed(*pair)]
-        return min(pairs, key=lambda pair: _mean(grid[pair], "validation"))
-
-    def near(ratio: float, wanted: float) -> bool:
-        return abs(np.log10(ratio) - wanted) < 0.01
-
+    grid, found = by_method(rows)
     chosen = {
-        "best pair": best(lambda a, b: True),
-        "best equal pair": best(lambda a, b: near(b / a, 0)),
-        "LoRA+: B at ten times the rate of A": best(lambda a, b: near(b / a, 1)),
+        "best pair": best(grid),
+        "best equal pair": best(grid, 1.0),
+        "LoRA+: B at ten times the rate of A": best(grid, 10.0),
     }
-    runs = {f"{name} ({a:.1g}, {b:.1g})": grid[a, b] for name, (a, b) in chosen.items()}
-    for row in rows:
-        if row["method"] != "grid":
-            runs.setdefault(row["method"], []).append(row)
+    runs = {f"{name} ({a:.1g}, {b:.1g})": grid[a, b] for name, (a, b) in chosen.items()} | found
     lines = []
-    for name, found in runs.items():
-        losses = [np.array([row[split] for row in found]) for split in ("train", "test")]
-        spread = [f"{x.mean():.4f} ± {x.std(ddof=min(1, len(x) - 1)):.4f}" for x in losses]
-        lines.append([name, len(found), *spread])
+    for name, repeats in runs.items():
+        losses = [[row[split] for row in repeats] for split in ("train", "test")]
+        lines.append([name, len(repeats), *(mean_sd(values, 4, ddof=1) for values in losses)])
     return markdown(["rates of A and B", "seeds", "train loss", "test loss"], lines)
 
 
 def draw(rows: list[Row], path: Path) -> None:
     """The plane of the two rates: test losses, and the ways of `hidlr`."""
-    grid = grid_of(rows)
+    grid, found = by_method(rows)
     rates = sorted({a for a, _ in grid})
-    losses = np.array([[_mean(grid[a, b], "test") for a in rates] for b in rates])
+    losses = np.array([[finite_mean(r["test"] for r in grid[a, b]) for a in rates] for b in rates])
     figure = Figure(figsize=(11, 5), layout="constrained")
     plane, curves = figure.subplots(1, 2)
     ratio = losses / losses.min()
@@ -226,7 +217,7 @@ def draw(rows: list[Row], path: Path) -> None:
     label = "test loss of constant rates, over the least; 2 and more"
     figure.colorbar(shown, ax=plane, label=label, extend="max")
     for method, colour in (("hidlr", "tab:orange"), ("hidlr, cosine", "tab:red")):
-        for n, row in enumerate(row for row in rows if row["method"] == method):
+        for n, row in enumerate(found[method]):
             way = np.array(row["rates"])
             label = method if n == 0 else None
             plane.plot(way[:, 0], way[:, 1], color=colour, linewidth=1, label=label)
@@ -234,14 +225,10 @@ def draw(rows: list[Row], path: Path) -> None:
     plane.plot(rates, rates, color="white", linestyle=":", linewidth=1, label="one rate")
     plane.set(xscale="log", yscale="log", xlabel="learning rate of A", ylabel="learning rate of B")
     plane.legend(fontsize=8)
-    best = min(grid, key=lambda pair: _mean(grid[pair], "validation"))
-    runs = {f"best pair ({best[0]:.1g}, {best[1]:.1g})": grid[best]}
-    for row in rows:
-        if row["method"] != "grid":
-            runs.setdefault(row["method"], []).append(row)
-    for name, found in runs.items():
-        ways = np.array([row["losses"] for row in found])
-        steps = np.arange(1, ways.shape[1] + 1) * found[0]["steps"] / ways.shape[1]
+    a, b = best(grid)
+    for name, repeats in ({f"best pair ({a:.1g}, {b:.1g})": grid[a, b]} | found).items():
+        ways = np.array([row["losses"] for row in repeats])
+        steps = np.arange(1, ways.shape[1] + 1) * repeats[0]["steps"] / ways.shape[1]
         (line,) = curves.plot(steps, ways.mean(0), label=name, linewidth=1)
         curves.fill_between(steps, ways.min(0), ways.max(0), color=line.get_color(), alpha=0.15)
     curves.set(yscale="log", xlabel="step", ylabel="training loss: mean and range of the seeds")
@@ -251,16 +238,8 @@ def draw(rows: list[Row], path: Path) -> None:
 
 def main() -> None:
     """Parses the arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("lora_toy.jsonl"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--full", action="store_true", help="five times the steps")
-    parser.add_argument("--quick", action="store_true", help="a few steps of a narrow network")
-    parser.add_argument("--report", action="store_true", help="run nothing, only report")
-    parser.add_argument("--figure", type=Path)
-    args = parser.parse_args()
+    told = {"full": "five times the steps", "quick": "a few steps of a narrow network"}
+    args = arguments(__doc__, "lora_toy.jsonl", **told, figure=True)
     size, rates = Size(1000, 200), RATES
     if args.full:
         size = Size(1000, 1000)

@@ -16,7 +16,6 @@ with nothing tuned. 100 epochs as in the paper, and 40; with `--full` 200, as in
     python benchmarks/nam.py --out nam.jsonl --report --figure nam.png
 """
 
-import argparse
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -30,8 +29,8 @@ import rivals
 import sklearn.metrics
 import workloads
 from matplotlib.figure import Figure
-from store import Job, Row, Store
-from tables import markdown
+from store import Job, Row, Store, arguments, rounded
+from tables import finite_mean, markdown, mean_sd
 
 import hidlr_optax as hd
 
@@ -163,7 +162,7 @@ def train(problem: Problem, steps: int, made: Made, key: jax.Array) -> dict[str,
     keys = jax.random.split(order, steps).reshape(CHECKS, -1)
     (params, state), curves = jax.lax.scan(part, carry, keys)
     seen = evaluated(state, params)
-    grid = jnp.tile(jnp.linspace(-1, 1, POINTS)[:, None] * _reach(problem), (1, 1))
+    grid = jnp.linspace(-1, 1, POINTS)[:, None] * _reach(problem)
     refreshes = optax.tree.get(state, "refreshes", default=jnp.zeros((), jnp.int32))
     return curves | {"shapes": contributions(seen, grid), "refreshes": refreshes}
 
@@ -193,11 +192,6 @@ def schedules(steps: int) -> dict[str, Callable[[Any], Any]]:
     }
 
 
-def label_by_feature(params: Any) -> Any:
-    """Each f_k, and β."""
-    return {name: name for name in params}
-
-
 def untuned(problem: Problem, steps: int) -> dict[str, Callable[[], Made]]:
     """Everything that is given no rate."""
     decay = schedules(steps)["cosine"]
@@ -206,10 +200,15 @@ def untuned(problem: Problem, steps: int) -> dict[str, Callable[[], Made]]:
         return lambda: (optax.chain(problem.base(), make()), rivals.last)
 
     shared: dict[str, Any] = {"update_interval": problem.interval}
-    dlr = functools.partial(hd.hidlr, loss, label_by_feature, **shared)
+    dlr = functools.partial(hd.hidlr, loss, workloads.first_key, **shared)
     ulr = functools.partial(hd.hiulr, loss, **shared)
     paper = functools.partial(
-        hd.paper_hidlr, loss, label_by_feature, init_learning_rate=1e-3, batch_size=1, **shared
+        hd.paper_hidlr,
+        loss,
+        workloads.first_key,
+        init_learning_rate=1e-3,
+        batch_size=1,
+        **shared,
     )
     first = functools.partial(dlr, solver=hd.coupled(), curvature=hd.probes(batch_size=1))
     found = {
@@ -224,10 +223,6 @@ def untuned(problem: Problem, steps: int) -> dict[str, Callable[[], Made]]:
         rival = rivals.OTHERS[name]
         found[name] = lambda rival=rival: (rival.make(steps), rival.evaluated)
     return found
-
-
-def _plain(found: dict[str, jax.Array]) -> Row:
-    return {name: np.asarray(value, float).round(6).tolist() for name, value in found.items()}
 
 
 def jobs(name: str, problem: Problem, epochs: int) -> list[Job]:
@@ -245,14 +240,14 @@ def jobs(name: str, problem: Problem, epochs: int) -> list[Job]:
 
         def job(rate: float) -> Job:
             key = {"problem": name, "method": schedule, "rate": rate, "epochs": epochs}
-            return Job(key, lambda seed: [_plain(compiled()(rate, jax.random.key(seed)))])
+            return Job(key, lambda seed: [rounded(compiled()(rate, jax.random.key(seed)), 6)])
 
         return job
 
     def given(method: str, make: Callable[[], Made]) -> Job:
         compiled = functools.cache(lambda: jax.jit(lambda key: train(problem, steps, make(), key)))
         key = {"problem": name, "method": method, "rate": None, "epochs": epochs}
-        return Job(key, lambda seed: [_plain(compiled()(jax.random.key(seed)))])
+        return Job(key, lambda seed: [rounded(compiled()(jax.random.key(seed)), 6)])
 
     compiled = map(tuned, schedules(steps))  # each once, for all rates
     found = [job(rate) for job in compiled for rate in problem.grid]
@@ -270,8 +265,7 @@ def chosen(rows: list[Row], name: str) -> Runs:
             settings.setdefault(row["method"], {}).setdefault(row["rate"], []).append(row)
 
     def last(found: list[Row]) -> float:
-        mean = float(np.mean([row["validation"][-1] for row in found]))
-        return mean if np.isfinite(mean) else np.inf
+        return finite_mean(row["validation"][-1] for row in found)
 
     best = {
         method: min(runs, key=lambda rate: last(runs[rate])) for method, runs in settings.items()
@@ -295,7 +289,7 @@ def separation(row: Row) -> float:
 
 
 def steps_to(row: Row, target: float) -> float:
-    """The part of the run after which the test loss has come to a target; infinite if never."""
+    """The part of the run after which the validation loss meets a target; infinite if never."""
     reached = np.flatnonzero(np.array(row["validation"]) <= target)
     return (reached[0] + 1) / len(row["validation"]) if len(reached) else np.inf
 
@@ -311,12 +305,7 @@ def table(rows: list[Row], name: str) -> str:
     target, lines = float(max(tuned)), []
     for method, found in runs.items():
         losses = [np.array([row[s][-1] for row in found]) for s in ("train", "test")]
-        spread = [
-            f"{x.mean():.3f} ± {x.std(ddof=min(1, len(x) - 1)):.3f}"
-            if np.all(x < 1e6)
-            else "diverged"
-            for x in losses
-        ]
+        spread = [mean_sd(x, ddof=1) if np.all(x < 1e6) else "diverged" for x in losses]
         part = float(np.median([steps_to(row, target) for row in found]))
         areas = [separation(row) for row in found if name == "synthetic"]
         seconds = np.median([row["seconds"] for row in found])
@@ -371,27 +360,17 @@ def draw(rows: list[Row], path: Path) -> None:
 
 def main() -> None:
     """Parses the arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("nam.jsonl"))
-    parser.add_argument("--problems", nargs="*", choices=PROBLEMS, default=list(PROBLEMS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--full", action="store_true", help="the epochs of the paper")
-    parser.add_argument("--quick", action="store_true", help="two epochs of a few methods")
-    parser.add_argument("--report", action="store_true", help="run nothing, only report")
-    parser.add_argument("--figure", type=Path)
-    args = parser.parse_args()
-    if args.quick:
-        args.seeds, args.problems = 1, ["synthetic"]
+    told = {"full": "the epochs of the paper", "quick": "two epochs of a few methods"}
+    args = arguments(__doc__, "nam.jsonl", **told, figure=True)
+    problems, seeds = (["synthetic"], 1) if args.quick else (list(PROBLEMS), args.seeds)
     store = Store(args.out, FIELDS)
-    for name in args.problems if not args.report else ():
+    for name in problems if not args.report else ():
         problem = PROBLEMS[name]()
         epochs = problem.epochs[2 if args.quick else args.full]
         wanted = jobs(name, problem, epochs)
         if args.quick:
             wanted = [job for job in wanted if job.key["method"] in ("cosine", "hidlr, cosine")]
-        store.run(wanted, range(args.seeds), name)
+        store.run(wanted, range(seeds), name)
     rows = store.rows()
     for name in PROBLEMS:
         if any(row["problem"] == name for row in rows):

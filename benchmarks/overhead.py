@@ -26,6 +26,7 @@ from flax import nnx
 from models import gpt
 from tables import markdown
 from tqdm import tqdm
+from workloads import neighbours
 
 import hidlr_optax as hd
 
@@ -121,13 +122,6 @@ RULES: dict[str, Callable[[Problem, Any], Any]] = {
     "first version, at once": _hidlr(solver=hd.coupled(), curvature=hd.probes()),
     "Algorithm 1, one at a time": _algorithm_1,
 }
-
-
-def neighbours(params: Any, groups: int) -> Any:
-    """Labels of as many groups of neighbouring leaves, or of one leaf each if these are fewer."""
-    leaves, tree = jax.tree.flatten(params)
-    labels = [f"{n * groups // len(leaves):02d}" for n in range(len(leaves))]
-    return jax.tree.unflatten(tree, labels)
 
 
 def refreshes(interval: int) -> int:

@@ -10,7 +10,6 @@ others; and the whole Hessian.
     python benchmarks/quadratic_fit.py --out quadratic_fit.jsonl --report --figure quadratic_fit.png
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from store import Job, Row, Store
+from store import Job, Row, Store, arguments, rounded
 from tables import markdown
 from workloads import WORKLOADS
 
@@ -92,9 +91,7 @@ def run(seed: int, iterations: tuple[int, ...], steps: int) -> list[Row]:
         rates = groups.pack(states[1].group_learning_rates) * states[1].schedule_factor
         found = jax.tree.map(np.asarray, measure(before, rates, seen))
         for k, group in enumerate([*groups.names, TOGETHER]):
-            lines = {
-                name: value[k].astype(float).round(7).tolist() for name, value in found.items()
-            }
+            lines = rounded({name: value[k] for name, value in found.items()}, 7)
             rows.append({"iteration": n, "group": group, "steps": steps} | lines)
     return rows
 
@@ -148,16 +145,8 @@ def draw(rows: list[Row], path: Path) -> None:
 
 def main() -> None:
     """Parses the arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("quadratic_fit.jsonl"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--full", action="store_true", help="ten seeds")
-    parser.add_argument("--quick", action="store_true", help="two iterations of one seed")
-    parser.add_argument("--report", action="store_true", help="run nothing, only report")
-    parser.add_argument("--figure", type=Path)
-    args = parser.parse_args()
+    quick = "two iterations of one seed"
+    args = arguments(__doc__, "quadratic_fit.jsonl", full="ten seeds", quick=quick, figure=True)
     iterations, steps, seeds = ITERATIONS, STEPS, 10 if args.full else args.seeds
     if args.quick:
         iterations, steps, seeds = (1, 3), 10, 1

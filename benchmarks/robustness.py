@@ -27,6 +27,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from rivals import OTHERS, gen_hidlr, keeping_average
 from store import Job, Store, identity, shard
+from tables import finite_mean
 from workloads import WORKLOADS, Workload, plain, train
 
 import hidlr_optax as hd
@@ -287,9 +288,7 @@ def half(chosen: list[Case]) -> list[Case]:
 
 
 def _mean(rows: list[dict[str, Any]], split: str) -> float:
-    """Over seeds; one run that is not finite makes it infinite."""
-    values = [row[split] for row in rows]
-    return float(np.mean(values)) if np.all(np.isfinite(values)) else np.inf
+    return finite_mean(row[split] for row in rows)
 
 
 _AVERAGED = ", averaged parameters"  # what their losses are reported as

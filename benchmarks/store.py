@@ -4,6 +4,7 @@
 `Log` the steps and the end of each run, `Values` any values by key.
 """
 
+import argparse
 import gzip
 import json
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
@@ -44,6 +46,35 @@ def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def rounded(found: Mapping[str, Any], digits: int) -> Row:
+    """Arrays as lists of numbers of so many decimal places."""
+    return {name: np.asarray(x, float).round(digits).tolist() for name, x in found.items()}
+
+
+def arguments(
+    doc: str | None, out: str, *, full: str, quick: str, figure: bool = False
+) -> argparse.Namespace:
+    """What every script with rows in one file is told by its user.
+
+    Args:
+      doc: of the script.
+      out: where its rows go, unless told otherwise.
+      full: what `--full` does.
+      quick: what `--quick` does.
+      figure: whether it draws one.
+    """
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=raw)
+    parser.add_argument("--out", type=Path, default=Path(out))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--full", action="store_true", help=full)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--report", action="store_true", help="run nothing, only report")
+    if figure:
+        parser.add_argument("--figure", type=Path)
+    return parser.parse_args()
 
 
 def identity(row: Row, fields: tuple[str, ...]) -> tuple[Any, ...]:

@@ -1,6 +1,6 @@
 """Tables in Markdown, and what stands in their cells."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,16 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def mean_sd(values: Sequence[float] | np.ndarray, digits: int = 3) -> str:
-    """Mean ± standard deviation."""
-    return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
+def mean_sd(values: Sequence[float] | np.ndarray, digits: int = 3, ddof: int = 0) -> str:
+    """Mean ± standard deviation: of these values, or with `ddof=1` as estimated from a sample."""
+    spread = np.std(values, ddof=min(ddof, len(values) - 1))
+    return f"{np.mean(values):.{digits}f} ± {spread:.{digits}f}"
+
+
+def finite_mean(values: Iterable[float]) -> float:
+    """The mean; infinite where one of the values is not finite."""
+    known = np.array(list(values))
+    return float(np.mean(known)) if np.all(np.isfinite(known)) else np.inf
 
 
 def score(name: str, values: Sequence[float]) -> str:

@@ -190,6 +190,13 @@ def first_key(params: Any) -> Any:
     return {name: name for name in params}
 
 
+def neighbours(params: Any, groups: int) -> Any:
+    """Labels of as many groups of neighbouring leaves, or of one leaf each if these are fewer."""
+    leaves, tree = jax.tree.flatten(params)
+    labels = [f"{n * groups // len(leaves):03d}" for n in range(len(leaves))]
+    return jax.tree.unflatten(tree, labels)
+
+
 def _mlp_groupings(layers: int) -> dict[str, Any]:
     head = rf"layer{layers - 1}/.*"
     return {"layers": first_key, "roles": by_path([(head, "head"), (".*/bias", "bias")], "rest")}
