@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from hidlr_optax._groups import wide
 from hidlr_optax._quadratic import Quadratic, fit_axes, fit_joint
@@ -28,7 +29,9 @@ from hidlr_optax.curvature._measurement import (
     Estimator,
     Measurement,
     check_batch_size,
+    check_sharding,
     evaluate,
+    evaluate_sharded,
 )
 from hidlr_optax.curvature._parabola import Parabola, parabola
 
@@ -63,12 +66,14 @@ class Probes:
       per_group: probes per group.
       batch_size: probes evaluated at a time, or None for all.
       seed: of the gaussian draws.
+      sharding: of the probes over a mesh, or None.
     """
 
     design: Literal["axis", "gaussian"]
     per_group: int
     batch_size: int | None
     seed: int
+    sharding: NamedSharding | None = None
 
     couples = False  # joint draws meet the coupling, but do not fit it
     separates = True
@@ -157,7 +162,11 @@ class Probes:
         scale = rates if expected is None else self.probe_scale(rates, slope, value, expected)
         points = self.points(len(rates), step)
         offsets = points * scale
-        losses: jax.Array = evaluate(step_loss, offsets, self.batch_size)
+        losses: jax.Array
+        if self.sharding is None:
+            losses = evaluate(step_loss, offsets, self.batch_size)
+        else:
+            losses = evaluate_sharded(step_loss, offsets, self.sharding)
         eps = jnp.finfo(losses.dtype).eps
         losses = losses.astype(wide(losses.dtype))
         changes = losses - value.astype(losses.dtype)
@@ -198,6 +207,7 @@ def probes(
     per_group: int = 2,
     batch_size: int | None = None,
     seed: int = 0,
+    sharding: NamedSharding | None = None,
 ) -> Probes:
     """Slope and curvature from `per_group`·K evaluations of the loss, no differentiation.
 
@@ -211,12 +221,16 @@ def probes(
       batch_size: how many evaluations run at a time. None: all are vmapped, the fastest on an
         accelerator, at a peak memory of `per_group`·K copies of the parameters. n: n copies.
       seed: of the gaussian draws, which also depend on the step.
+      sharding: how the evaluations are spread over a mesh, `NamedSharding(mesh, P("x"))`: each
+        device along the axis "x" does its share. Worth it for an axis along which parameters and
+        batch are replicated; an axis that shards the batch shares out the work by itself. Then
+        `batch_size` must be None.
 
     Returns:
       An estimator, for `hidlr(..., curvature=...)`.
 
     Raises:
-      ValueError: an unknown design, or a number below one.
+      ValueError: an unknown design, a number below one, or a sharding of anything but rows.
 
     Example:
       >>> import hidlr_optax as hd
@@ -228,4 +242,8 @@ def probes(
     if per_group < 1:
         raise ValueError(f"per_group must be 1 or more, got {per_group}")
     check_batch_size(batch_size)
-    return Probes(design, per_group, batch_size, seed)
+    if sharding is not None:
+        check_sharding(sharding)
+        if batch_size is not None:
+            raise ValueError(f"sharding evaluates all at once, got batch_size={batch_size} too")
+    return Probes(design, per_group, batch_size, seed, sharding)

@@ -1,10 +1,12 @@
 """Measurements, and the protocol of the estimators that make them."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hidlr_optax._quadratic import Kept, Quadratic
 from hidlr_optax._step_loss import StepLoss
@@ -167,6 +169,40 @@ def evaluate(fn: Callable[[jax.Array], Any], offsets: jax.Array, batch_size: int
     if batch_size == 1:  # no vmap of one: callbacks and some kernels have no batching rule
         return jax.lax.map(fn, offsets)
     return jax.lax.map(fn, offsets, batch_size=batch_size)
+
+
+def evaluate_sharded(
+    fn: Callable[[jax.Array], Any], offsets: jax.Array, sharding: NamedSharding
+) -> jax.Array:
+    """`fn` of each row of `offsets`, stacked, each device evaluating its share of the rows."""
+    mesh, names = sharding.mesh, sharding.spec[0]
+    count = math.prod(mesh.shape[name] for name in _names(names))
+    rows = len(offsets)
+    # Whole shares: zeros are rates too, and their losses are dropped.
+    offsets = jnp.pad(offsets, ((0, -rows % count), (0, 0)))
+    losses = jax.vmap(fn, spmd_axis_name=names)(_placed(offsets, sharding))
+    return _placed(losses, NamedSharding(mesh, PartitionSpec()))[:rows]
+
+
+def _names(axes: Any) -> tuple[str, ...]:
+    return axes if isinstance(axes, tuple) else (axes,)
+
+
+def _placed(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """Under tracing, as the axes of the mesh have it: given to XLA, or part of the type."""
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        return jax.device_put(array, sharding)
+    return jax.lax.with_sharding_constraint(array, sharding)
+
+
+def check_sharding(sharding: Any) -> None:
+    """Raises a ValueError unless this spreads the rows of a matrix, and nothing else, on a mesh."""
+    is_named = isinstance(sharding, NamedSharding)
+    if not is_named or len(sharding.spec) != 1 or sharding.spec[0] is None:
+        raise ValueError(
+            f"sharding must be NamedSharding(mesh, PartitionSpec(axis)), the probes over one axis "
+            f"of a mesh or several as a tuple; got {sharding!r}"
+        )
 
 
 def check_batch_size(batch_size: int | None) -> None:
