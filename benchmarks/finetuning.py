@@ -24,7 +24,7 @@ import numpy as np
 import optax
 import training
 from pretrained import HELD_BACK, UNSCORED, Source, available
-from rivals import OTHERS, last
+from rivals import OTHERS, averaged, keeping_average, last
 from store import Job, Row, Store, shard
 from tables import markdown, mean_sd
 from tqdm import tqdm
@@ -50,10 +50,13 @@ def _hidlr(schedule: str = "constant", one: bool = False, **settings: Any) -> Fa
 
 
 # Behind AdamW at rate one.
+AVERAGED = ", averaged parameters"  # what a run without a schedule is to be judged by
 RULES: dict[str, Factory] = {
     "hidlr": _hidlr(),
+    "hidlr" + AVERAGED: _hidlr(),
     "hidlr, cosine": _hidlr("cosine"),
     "hidlr, one rate": _hidlr(one=True),
+    "hidlr, one rate" + AVERAGED: _hidlr(one=True),
     "hidlr, one rate, cosine": _hidlr("cosine", one=True),
 }
 
@@ -233,8 +236,10 @@ def rule_job(bench: Bench, case: str, method: str) -> Job:
     @functools.cache
     def compiled() -> Any:
         workload = bench.load(case)
-        rule = RULES[method](workload, labels_of(workload))
-        return trained(workload, lambda: optax.chain(optax.adamw(1.0), rule))
+        tx = optax.chain(optax.adamw(1.0), RULES[method](workload, labels_of(workload)))
+        if method.endswith(AVERAGED):
+            return trained(workload, lambda: keeping_average(tx), averaged)
+        return trained(workload, lambda: tx)
 
     execute = lambda seed: [compiled()(jax.random.key(seed))]  # noqa: E731
     return Job({"method": method, "case": case}, execute)

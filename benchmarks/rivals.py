@@ -101,7 +101,8 @@ def keeping_average(tx: Any) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _averaged(state: Any, params: Any) -> Any:
+def averaged(state: Any, params: Any) -> Any:
+    """The average that `keeping_average` keeps, to judge a run by."""
     del params
     return state[-1].params
 
@@ -129,7 +130,7 @@ OTHERS: dict[str, Rival] = {
     # reps_rel 1e-6, "must be combined with iterate averaging", γ = 8: formll/dog, README and code.
     "DoG": _rival(
         lambda steps: keeping_average(optax.contrib.dog(1.0, init_step=("heuristic", 1e-6))),
-        _averaged,
+        averaged,
     ),
     # lr 0.0025 is the default of facebookresearch/schedule_free, whose README recommends a warm-up.
     "schedule-free AdamW": _rival(

@@ -241,7 +241,7 @@ def watch(progress: Progress, loss: jax.Array) -> Progress:
         least_spread=jnp.where(lower, spread, progress.least_spread),
         losses=count + 1,
     )
-    usable = jnp.isfinite(loss) & jnp.isfinite(mean)
+    usable = jnp.isfinite(loss) & jnp.isfinite(mean) & jnp.isfinite(spread)
     return jax.tree.map(lambda new, old: jnp.where(usable, new, old), watched, progress)
 
 
