@@ -246,10 +246,10 @@ def _kept(states):
 def _assert_sane(states):
     """No number of the state is ever lost, and what says that it cannot be used moves no rate."""
     progress = states.progress
-    if progress:  # no loss is the least yet, and nothing is a ceiling
-        states = states._replace(progress=progress._replace(least=0.0, ceiling=0.0))
-        assert not np.isnan(progress.least).any()
-        assert not np.isnan(progress.ceiling).any()
+    if progress:  # no loss is the least yet, nothing a ceiling, and no cut on trial
+        none = {"least": 0.0, "ceiling": 0.0, "before": 0.0}
+        assert not any(np.isnan(getattr(progress, name)).any() for name in none)
+        states = states._replace(progress=progress._replace(**none))
     for path, leaf in jax.tree.leaves_with_path(states):
         assert np.isfinite(leaf).all(), jax.tree_util.keystr(path)
     rates, kept = _rates(states), _kept(states)

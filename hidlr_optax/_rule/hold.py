@@ -44,6 +44,9 @@ _SHORTEST_START, _LONGEST_START = 1e-3, 1.0  # of the length of the parameters: 
 _LEAST_SIZE = 1e-3  # of the running loss and the slope, that looks are relative to at least
 _STRAY = 2.5  # standard errors of the running loss above its least, from where it strays
 _STRAY_PATIENCE = 60.0  # refreshes after which that grows
+_LEVEL_DECAY = 0.99  # of the slow running loss
+_TRIAL = 70.0  # losses after which a cut is judged
+_SAME_LEVEL = 2.0  # standard errors between slow running losses that are taken for level
 _ALARM = 4.0  # standard deviations of the loss above the running one that call for a look
 _SHORTEST = 0.1  # of a step that is looked at before it is taken, at once
 TRIES = 5  # how often such a step is shortened
@@ -80,6 +83,9 @@ class Progress(NamedTuple):
       ratio: q at the last refresh.
       goal: what q is moved to.
       loss: the running loss.
+      level: a slower one.
+      before: that before the cuts of the guard that are on trial; infinite where there are none.
+      on_trial: how many they are.
       last: the last loss.
       spread: the running variance of the loss from batch to batch: half the mean square of the
         difference of two that follow each other, which hardly grows where the loss falls.
@@ -99,6 +105,9 @@ class Progress(NamedTuple):
     ratio: jax.Array
     goal: jax.Array
     loss: jax.Array
+    level: jax.Array
+    before: jax.Array
+    on_trial: jax.Array
     last: jax.Array
     spread: jax.Array
     least: jax.Array
@@ -114,7 +123,9 @@ def begin() -> Progress:
     none, infinite = (lambda: jnp.zeros((), jnp.float32)), jnp.array(jnp.inf, jnp.float32)
     fields: Any = {name: none() for name in Progress._fields}
     fields |= {name: Averages(none(), none(), none()) for name in ("absolute", "relative")}
-    return Progress(**fields)._replace(least=infinite, ceiling=jnp.copy(infinite))
+    return Progress(**fields)._replace(
+        **{name: jnp.copy(infinite) for name in ("before", "least", "ceiling")}
+    )
 
 
 class Look(NamedTuple):
@@ -235,6 +246,7 @@ def watch(progress: Progress, loss: jax.Array) -> Progress:
     lower = (count >= 1 / (1 - _LOSS_DECAY)) & (mean < progress.least)
     watched = progress._replace(
         loss=mean,
+        level=averaged(progress.level, loss, count, jnp.float32(_LEVEL_DECAY)),
         last=loss,
         spread=spread,
         least=jnp.where(lower, mean, progress.least),
@@ -373,7 +385,8 @@ class Verdict(NamedTuple):
     """The guard's cut and its memory: () each.
 
     Attributes:
-      cut: the logarithm of what the rates are multiplied by, 0 unless it steps in.
+      cut: the logarithm of what the rates are multiplied by, 0 unless it steps in; above 0 where
+        it takes a cut back.
       progress: the averages with the ceiling and the least loss that it leaves.
     """
 
@@ -453,6 +466,10 @@ def guard(
     run, the further the least lies below the mean by chance alone, and a loss that has come to rest
     would halve the rates every hundred steps.
 
+    Cuts after which a slower running loss is level with that before them, seventy losses later and
+    within two standard errors, were made by chance, and are taken back. A run that dies ends
+    higher.
+
     Args:
       progress: the averages.
       behind: by how much the last step has raised the loss.
@@ -460,16 +477,49 @@ def guard(
       loss: between them.
       rate: the joint rate, without the schedule.
     """
-    error = jnp.sqrt(progress.least_spread * (1 - _LOSS_DECAY) / (1 + _LOSS_DECAY))
-    limit = _STRAY + jnp.log1p((progress.held / _STRAY_PATIENCE) ** 2)
-    strays = progress.loss - progress.least > limit * error
+    strays = _strays(progress)
     # A loss may be zero whatever the step does to it: then by what the step should have won.
     size = jnp.maximum(_size(progress, loss), _usual(progress, rate))
     harmed = (behind > _JUMP * size) | strays
     kept = jnp.where(harmed, jnp.minimum(part, _FALL), part)
-    ceiling = jnp.where(strays, jnp.minimum(rate * _FALL, progress.ceiling), progress.ceiling)
-    watched = forget_losses(progress._replace(ceiling=ceiling), strays)
-    return Verdict(jnp.log(kept), watched)
+    progress, raised = _judged(progress, ~harmed & (part >= 1))
+    cut = _on_trial(progress, rate * _FALL)
+    progress = jax.tree.map(partial(jnp.where, strays), cut, progress)
+    return Verdict(jnp.log(kept) + raised, forget_losses(progress, strays))
+
+
+def _strays(progress: Progress) -> jax.Array:
+    """Whether the running loss lies too far above its least."""
+    error = jnp.sqrt(progress.least_spread * (1 - _LOSS_DECAY) / (1 + _LOSS_DECAY))
+    limit = _STRAY + jnp.log1p((progress.held / _STRAY_PATIENCE) ** 2)
+    return progress.loss - progress.least > limit * error
+
+
+def _on_trial(progress: Progress, rate: jax.Array) -> Progress:
+    """After a cut to this joint rate: its ceiling, and one cut more on trial.
+
+    Without a trial yet, the loss now is what it will be judged by, if that is known well enough.
+    """
+    begins = jnp.isinf(progress.before) & (progress.losses >= _TRIAL)
+    before = jnp.where(begins, progress.level, progress.before)
+    return progress._replace(
+        ceiling=jnp.minimum(rate, progress.ceiling),
+        before=before,
+        on_trial=progress.on_trial + jnp.isfinite(before).astype(jnp.float32),
+    )
+
+
+def _judged(progress: Progress, is_calm: jax.Array) -> tuple[Progress, jax.Array]:
+    """Ends a trial that has lasted: the logarithm by which the rates may rise again, 0 or more."""
+    due = jnp.isfinite(progress.before) & (progress.losses >= _TRIAL)
+    error = jnp.sqrt(2 * progress.spread / _TRIAL)
+    is_level = jnp.abs(progress.level - progress.before) < _SAME_LEVEL * error
+    raised = jnp.where(due & is_level & is_calm, -math.log(_FALL) * progress.on_trial, 0.0)
+    return progress._replace(
+        ceiling=progress.ceiling * jnp.exp(raised),
+        before=jnp.where(due, jnp.inf, progress.before),
+        on_trial=jnp.where(due, 0.0, progress.on_trial),
+    ), raised
 
 
 def split(
