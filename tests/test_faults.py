@@ -86,10 +86,18 @@ _PLAIN = _Kind(_start(), _LABELS, _LABELS)
 
 
 def _many_as_one(params):
-    """Five hundred scalars: the first is the scalar of the model."""
+    """Scalars: the first is that of the model, all others add up to its weights."""
     leaves = [params[name] for name in sorted(params)]
     padded = jnp.stack([*leaves[1:], leaves[0] * 0]).reshape(4, -1)
-    return {"w": padded.sum(1), "empty": jnp.zeros((0, 2)), "s": leaves[0]}
+    w = padded.sum(1) / math.sqrt(padded.shape[1])  # so that a step in all of them is one in w
+    return {"w": w, "empty": jnp.zeros((0, 2)), "s": leaves[0]}
+
+
+def _many(count):
+    """A group for each of so many scalars, a multiple of four."""
+    start = {f"{n:03d}": _f32(0.01 * (n % 7 - 3)) for n in range(count)}
+    poisoned = dict.fromkeys(start, "body") | {"000": "scalar"}
+    return _Kind(start, {name: name for name in start}, poisoned, _many_as_one)
 
 
 def _complex_as_real(params):
@@ -97,7 +105,6 @@ def _complex_as_real(params):
     return params | {"w": w}
 
 
-_MANY = {f"{n:03d}": _f32(0.01 * (n % 7 - 3)) for n in range(500)}
 _KINDS = {
     "one group": _PLAIN._replace(labels="all"),
     "a loss in float16": _PLAIN._replace(dtype=jnp.float16),
@@ -113,12 +120,8 @@ _KINDS = {
         {"z": "body", "empty": "body", "s": "scalar"},
         _complex_as_real,
     ),
-    "five hundred groups": _Kind(
-        _MANY,
-        {name: name for name in _MANY},
-        dict.fromkeys(_MANY, "body") | {"000": "scalar"},
-        _many_as_one,
-    ),
+    "forty groups": _many(40),
+    "five hundred groups": _many(500),
 }
 
 

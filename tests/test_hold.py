@@ -769,7 +769,7 @@ def _trained(tx, params, batches, loss_fn=_regression):
 def _assert_alive(params, state):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
     assert all(0 < rate < INF for rate in _rates(state).values())
-    progress = state.progress._replace(least=0.0, ceiling=0.0)
+    progress = state.progress._replace(least=0.0, ceiling=0.0, before=0.0)
     assert all(np.isfinite(leaf) for leaf in jax.tree.leaves(progress))
 
 

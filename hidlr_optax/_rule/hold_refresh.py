@@ -149,7 +149,7 @@ class HoldRule:
         wanted = rates * jnp.exp(change) * clock.factor
         part = _part(state, evidence, wanted, same, looks_ahead & is_sound)
         state, change = _guarded(state, evidence, measured, rates, change, part, is_sound)
-        may_split = measured.is_split & ~clock.finding & is_sound
+        may_split = measured.is_split & ~clock.finding & is_sound & usable
         moved = self._split(evidence.coming.groups, rates * jnp.exp(change), measured, may_split)
         is_rate = jnp.isfinite(moved) & (moved > 0)
         return state._replace(
