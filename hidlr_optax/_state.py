@@ -191,7 +191,7 @@ def clock(
 
 
 def where_due(due: jax.Array, found: Callable[[], Any], kept: Any) -> Any:
-    """What `found` returns where something is due, else what is kept.
+    """Returns what `found` does where something is due, else what is kept.
 
     Outside of jit, where `due` is known, nothing is compiled for the branch that is not taken.
     """

@@ -21,7 +21,7 @@ def as_value_fn(loss_fn: Callable[..., Any], has_aux: bool, *args: Any, **kwargs
 def evaluated(
     out_and_grad: tuple[Any, Any], has_aux: bool, edit: Callable[[Any], Any] | None
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """What a loss returned, the gradient that the optimizer gets, and what `hidlr` is told.
+    """Returned loss, the gradient that the optimizer gets, and what `hidlr` is told.
 
     The optimizer's is edited, and of complex parameters conjugated, as Optax has it.
     """

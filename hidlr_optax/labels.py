@@ -146,7 +146,7 @@ def _depth(path: Path, numbered: str) -> int | None:
 
 
 def _shared(paths: list[Path]) -> int:
-    """How many names all paths begin with: the number in `gpt2/...` tells no layers apart."""
+    """Counts the names that all paths begin with: `gpt2/...` has a number that tells no layers."""
     columns = zip(*(path[:-1] for path in paths), strict=False)
     return len(list(itertools.takewhile(lambda names: len(set(names)) == 1, columns)))
 

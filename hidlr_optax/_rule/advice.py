@@ -1,4 +1,4 @@
-"""What can be known of a slip while Python still runs: warnings, and hints for error messages."""
+"""Warnings, and hints for error messages: what is known of a slip while Python still runs."""
 
 import warnings
 from collections.abc import Callable
@@ -68,7 +68,7 @@ def _bases(tree: Any) -> set[str]:
 
 
 def model_hint(params: Any) -> str | None:
-    """How to make a loss of parameters from a loss of a model, for the libraries we know."""
+    """Hint on a loss of parameters from that of a model, for the libraries we know."""
     bases = _bases(params)
     if bases & {"flax:State"}:
         return (

@@ -71,7 +71,7 @@ class Averages(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What `hold` keeps between updates: () float32 each.
+    """State of `hold` between updates: () float32 each.
 
     Attributes:
       absolute: of looks as they are, which count while the rates are found.

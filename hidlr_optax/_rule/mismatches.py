@@ -122,7 +122,7 @@ def _differ(value: jax.Array, loss: jax.Array) -> jax.Array:
 def _factor(
     evidence: Evidence, measured: jax.Array, before: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """What slopes by the gradient have to be multiplied by, and whether that is not one."""
+    """Factor for slopes by the gradient, and whether it is not one."""
     whole = evidence.products.whole()
     given = -whole.down
     rounding = _SLOPE_PART * jnp.sqrt(whole.gradient) * jnp.sqrt(whole.direction)
