@@ -201,7 +201,7 @@ def grid_job(name: str, optimizer: str, schedule: str, steps: int | None) -> Job
     return Job(key, execute)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=2)  # those of a whole suite do not fit into the memory of a process
 def case_runner(factory: Factory, case: Case, steps: int | None) -> Callable[..., Any]:
     """(rate, the schedule's factors, key) -> losses, and how often the guard stepped in.
 

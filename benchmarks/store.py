@@ -5,6 +5,7 @@
 """
 
 import argparse
+import collections
 import gzip
 import json
 import time
@@ -113,9 +114,10 @@ class Store(NamedTuple):
 
     def run(self, jobs: Iterable[Job], seeds: Iterable[int], title: str = "") -> None:
         """Runs what is missing and appends it."""
-        seeds = list(seeds)
+        seeds, jobs = list(seeds), collections.deque(jobs)
         done = set(map(self._identity, self.rows()))
-        for job in tqdm(list(jobs), title, disable=None):
+        for _ in tqdm(range(len(jobs)), title, disable=None):
+            job = jobs.popleft()  # gone with its programs, before hundreds of them fill the memory
             for seed in seeds:
                 key = job.key | {"seed": seed}
                 if self._identity(key) not in done:
