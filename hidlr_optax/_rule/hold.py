@@ -510,7 +510,7 @@ def _on_trial(progress: Progress, rate: jax.Array) -> Progress:
 
 
 def _judged(progress: Progress, is_calm: jax.Array) -> tuple[Progress, jax.Array]:
-    """Ends a trial that has lasted: the logarithm by which the rates may rise again, 0 or more."""
+    """Ends a trial that has lasted; and the logarithm by which the rates rise again, 0 or more."""
     due = jnp.isfinite(progress.before) & (progress.losses >= _TRIAL)
     error = jnp.sqrt(2 * progress.spread / _TRIAL)
     is_level = jnp.abs(progress.level - progress.before) < _SAME_LEVEL * error

@@ -175,24 +175,18 @@ def evaluate_sharded(
     fn: Callable[[jax.Array], Any], offsets: jax.Array, sharding: NamedSharding
 ) -> jax.Array:
     """`fn` of each row of `offsets`, stacked, each device evaluating its share of the rows."""
-    mesh, names = sharding.mesh, sharding.spec[0]
-    count = math.prod(mesh.shape[name] for name in _names(names))
+    mesh, axes = sharding.mesh, sharding.spec[0]
+    names = axes if isinstance(axes, tuple) else (axes,)
+    count = math.prod(mesh.shape[name] for name in names)
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    # Where shardings are part of an array's type, a constraint to XLA is refused.
+    is_typed = any(types[name] == AxisType.Explicit for name in names)
+    place = jax.device_put if is_typed else jax.lax.with_sharding_constraint
     rows = len(offsets)
     # Whole shares: zeros are rates too, and their losses are dropped.
     offsets = jnp.pad(offsets, ((0, -rows % count), (0, 0)))
-    losses = jax.vmap(fn, spmd_axis_name=names)(_placed(offsets, sharding))
-    return _placed(losses, NamedSharding(mesh, PartitionSpec()))[:rows]
-
-
-def _names(axes: Any) -> tuple[str, ...]:
-    return axes if isinstance(axes, tuple) else (axes,)
-
-
-def _placed(array: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """Under tracing, as the axes of the mesh have it: given to XLA, or part of the type."""
-    if AxisType.Explicit in sharding.mesh.axis_types:
-        return jax.device_put(array, sharding)
-    return jax.lax.with_sharding_constraint(array, sharding)
+    losses = jax.vmap(fn, spmd_axis_name=axes)(place(offsets, sharding))
+    return place(losses, NamedSharding(mesh, PartitionSpec()))[:rows]
 
 
 def check_sharding(sharding: Any) -> None:
