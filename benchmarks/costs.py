@@ -99,12 +99,14 @@ def milliseconds(
     params, state = jax.tree.map(jnp.copy, (problem.params, compiled.state))
     batches = [problem.batch(n) for n in range(max(cycle, WARM))]  # slicing is no part of a step
     found, value, count = [], jnp.zeros(()), 0
-    other = compiled if between is None else between
     for steps in (WARM, *[cycle] * repeats):
         jax.block_until_ready((params, state))
         start = time.perf_counter()
         for n in range(steps):
-            taken = compiled if count < FINDING or count % interval == 0 else other
+            if between is None or count < FINDING or count % interval == 0:
+                taken = compiled
+            else:
+                taken = between
             params, state, value = taken.step(params, state, batches[n])
             count += 1
         jax.block_until_ready((params, state))
