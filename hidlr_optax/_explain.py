@@ -12,6 +12,9 @@ from hidlr_optax.influence._report import aligned
 
 _SHOWN = 5  # groups, so that there are ten lines
 _SUNK = 0.1  # of its highest: a rate below it has sunk
+_HIGH = 10.0  # a rate above it is one of a step that had been shortened before
+_LOW_FACTOR = 0.1  # of a schedule that has not been above it
+_FOUND = 20  # refreshes before which a schedule may be warming up
 
 _STATUS = {
     Kept.UPDATED: "ok",
@@ -33,8 +36,10 @@ class _Run(NamedTuple):
     ascents: int
     values: int
     gradients: int
+    steps: int
     factor: float
     schedule: float
+    peak: float
     rates: dict[str, float]
     highest: dict[str, float]
     kept: dict[str, int]
@@ -55,8 +60,10 @@ def _read(state: HiDLRState) -> _Run:
         ascents=number(host.ascents),
         values=number(host.value_mismatches),
         gradients=number(host.gradient_mismatches),
+        steps=number(host.step_mismatches),
         factor=number(host.gradient_factor),
         schedule=number(host.schedule_factor),
+        peak=number(getattr(host.progress, "peak", host.schedule_factor)),
         rates=by_label(host.group_learning_rates),
         highest=by_label(host.highest_learning_rates),
         kept=by_label(host.kept),
@@ -73,13 +80,13 @@ def _trend(part: float) -> str:
 
 
 def _table(run: _Run) -> list[str]:
-    """The groups, those with something to tell first."""
+    """The groups by name; of more than are shown, those with most to tell."""
     order = sorted(run.rates, key=lambda name: (run.kept[name] == 0, _part(run, name)))
-    rows = [("group", "learning rate", "trend", "")]
-    for name in order[:_SHOWN]:
+    rows = [("group", "learning rate" if run.schedule == 1 else "unscheduled rate", "trend", "")]
+    for name in sorted(order[:_SHOWN]):
         trend = _trend(_part(run, name))
         rows.append((name, f"{run.rates[name]:.3g}", trend, f"  {_STATUS[Kept(run.kept[name])]}"))
-    more = [f"and {len(order) - _SHOWN} more"] if len(order) > _SHOWN else []
+    more = [f"and {len(order) - _SHOWN} more, of less to tell"] if len(order) > _SHOWN else []
     widest = max(len(row[-1]) for row in rows)
     padded = [(*row[:-1], row[-1].ljust(widest)) for row in rows]
     return [line.rstrip() for line in aligned(padded)] + more
@@ -90,7 +97,8 @@ def _ascends(run: _Run) -> str | None:
         return None
     return (
         f"At {run.ascents} of {run.refreshes} refreshes every group went uphill: the direction has "
-        "the wrong sign, or none. Use optax.adamw(1.0), or optax.scale(-1.0) after scale_by_adam()."
+        "the wrong sign, or none. Use optax.adamw(1.0), or optax.scale(-1.0) after "
+        "scale_by_adam(), and put hidlr last in the chain, behind them."
     )
 
 
@@ -109,7 +117,37 @@ def _wrong_gradient(run: _Run) -> str | None:
     factor = f", and its slopes are multiplied by {run.factor:.3g}" if run.factor != 1 else ""
     return (
         f"`grad` is not the gradient of the loss that is probed (scaled, summed, clipped, "
-        f"conjugated?){factor}. Pass the raw gradient of the probed function."
+        f"conjugated, of another batch or dropout key?){factor}. Pass the raw gradient of the "
+        "probed function."
+    )
+
+
+def _other_steps(run: _Run) -> str | None:
+    if not run.steps:
+        return None
+    times = "once" if run.steps == 1 else f"{run.steps} times"
+    return (
+        f"The parameters did not move by the step that hidlr had returned ({times}): its sign or "
+        "size was changed, or it was not taken. Put hidlr last in the chain, add its updates as "
+        "they are, and hand a schedule to it as schedule=."
+    )
+
+
+def _low_schedule(run: _Run) -> str | None:
+    if run.refreshes < _FOUND or not 0 < run.peak < _LOW_FACTOR:
+        return None
+    return (
+        f"The schedule has not been above {run.peak:.2g} yet: it is a factor, 1 at its peak, and "
+        "no learning rate."
+    )
+
+
+def _high(run: _Run) -> str | None:
+    if not any(rate > _HIGH for rate in run.rates.values()):
+        return None
+    return (
+        f"Rates above {_HIGH:g}: was the base optimizer given a learning rate, or a schedule? "
+        "It is to have one of 1.0."
     )
 
 
@@ -126,7 +164,8 @@ def _schedule(run: _Run) -> list[str]:
     if run.updates == 0 or run.schedule == 1:
         return []
     return [
-        f"The schedule's factor was {run.schedule:.3g} at the last update; rates are without it."
+        f"The schedule's factor was {run.schedule:.3g} at the last update; the rates above are "
+        "without it, those of `metrics` with it."
     ]
 
 
@@ -134,6 +173,9 @@ _FINDINGS: tuple[Callable[[_Run], str | None], ...] = (
     _ascends,
     _wrong_value,
     _wrong_gradient,
+    _other_steps,
+    _low_schedule,
+    _high,
     _sank,
 )
 
@@ -143,8 +185,9 @@ def explain(opt_state: Any) -> str:
 
     The rate of each group, how it stands to the highest that it has been, what its status asks for;
     how often the guard stepped in; and what is wrong, where something is: a direction that goes
-    uphill, a `value` or `grad` of another function, rates that sank together. Of many groups, the
-    five that have most to tell. Outside of jit: it reads the numbers.
+    uphill, a `value` or `grad` of another function, steps that were changed after `hidlr`, a
+    schedule in learning rates, rates that sank together. Of many groups, the five that have most to
+    tell. Outside of jit: it reads the numbers.
 
     Args:
       opt_state: the state of `hidlr` or of anything that contains it.

@@ -119,7 +119,8 @@ def _match(labels: dict[Path, str], paths: list[Path]) -> list[str]:
             problems.append(f"no parameters for the labels at {listing(unused)}")
         raise ValueError(
             f"param_labels does not match params: {'; '.join(problems)}. It has to be a pytree of "
-            f"str like params, a prefix of it, or a callable params -> such a tree. If a part of "
+            f"str like params, a prefix of it, or a callable params -> such a tree, such as "
+            f"label_by_path(params, rules, default=...) makes. If only a part of "
             f"the model is trained, label that part (peft.trainable_labels; in nnx, give the same "
             f"filter wrt everywhere; in Equinox, label eqx.filter(model, eqx.is_inexact_array)). "
             f"If hidlr is wrapped in a transformation that changes the tree: {OUTSIDE}"

@@ -28,6 +28,11 @@ class HiDLRState(NamedTuple, Generic[PerGroup]):
       gradient_mismatches: () int32, likewise for `grad` and the slope of the loss along the step.
       gradient_factor: () float32, what slopes by `grad` are multiplied by, so that they are those
         of the loss: 1 unless the first refreshes found another.
+      step_mismatches: () int32, refreshes before which the parameters had not moved as they were
+        told: by less than half of the step that `hidlr` had returned, or more than twice of it.
+        With `slope="lagged"`, where one refresh follows another.
+      position: () float32, ⟨w, u⟩ at the last refresh, and
+      position_count: () int32, `count` after it: what the next one compares with.
       schedule_factor: () float32, the factor of warm-up and schedule at the last update.
       group_learning_rates: η, () float32 each, without the schedule's factor.
       slope: b, () float32 each, loss per unit learning rate, averaged over refreshes.
@@ -54,6 +59,9 @@ class HiDLRState(NamedTuple, Generic[PerGroup]):
     value_mismatches: jax.Array
     gradient_mismatches: jax.Array
     gradient_factor: jax.Array
+    step_mismatches: jax.Array
+    position: jax.Array
+    position_count: jax.Array
     schedule_factor: jax.Array
     group_learning_rates: PerGroup
     slope: PerGroup
@@ -145,6 +153,9 @@ def initial_state(
         value_mismatches=jnp.zeros((), jnp.int32),
         gradient_mismatches=jnp.zeros((), jnp.int32),
         gradient_factor=jnp.ones((), jnp.float32),
+        step_mismatches=jnp.zeros((), jnp.int32),
+        position=jnp.zeros((), jnp.float32),
+        position_count=jnp.zeros((), jnp.int32),
         schedule_factor=jnp.ones((), jnp.float32),
         **per_group | {"group_learning_rates": initial_rates(init_learning_rate, names)},
         coupling=jnp.zeros((len(names), len(names)), jnp.float32) if couples else None,

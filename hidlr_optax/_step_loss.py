@@ -114,6 +114,8 @@ class Products(NamedTuple):
       previous: ‖u′‖².
       gradient: ‖g‖².
       params: ‖w‖².
+      position: ⟨w, u⟩.
+      moved_to: ⟨w, u′⟩.
       ahead: ⟨u, u′⟩.
       down: ⟨u, g⟩, nothing conjugated.
       across: ⟨u′, g⟩, likewise.
@@ -123,6 +125,8 @@ class Products(NamedTuple):
     previous: jax.Array
     gradient: jax.Array
     params: jax.Array
+    position: jax.Array
+    moved_to: jax.Array
     ahead: jax.Array
     down: jax.Array
     across: jax.Array
@@ -185,6 +189,8 @@ class Evidence(NamedTuple):
             "previous": ("u′", "u′"),
             "gradient": ("g", "g"),
             "params": ("w", "w"),
+            "position": ("w", "u"),
+            "moved_to": ("w", "u′"),
             "ahead": ("u", "u′"),
             "down": ("u", "g"),
             "across": ("u′", "g"),

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,10 @@ def _rates(state):
     return [float(rate) for rate in optax.tree.get(state, "group_learning_rates").values()]
 
 
+def _falling(peak):
+    return lambda step: peak * (1 - step.astype(jnp.float32) / 40)
+
+
 RULES = {"hold": hd.hidlr, "coupled": coupled_hidlr}
 
 
@@ -85,6 +90,52 @@ def test_a_direction_that_descends_is_not_said_to_ascend():
     state = _trained(hd.hidlr(loss_fn, LABELS))
     assert 2 * int(hd.metrics(state)["ascents"]) < int(hd.metrics(state)["refreshes"])
     assert "uphill" not in hd.explain(state)
+
+
+# Steps that are changed after `hidlr`.
+
+CHANGED = {
+    "sign": optax.scale(-1.0),
+    "size": optax.scale(0.1),
+    "clip": optax.clip_by_global_norm(1e-6),
+    "dropped": optax.set_to_zero(),
+    "optimizer": _adamw(),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_step_that_is_changed_after_hidlr_is_named(rule, change):
+    changed = optax.chain(RULES[rule](loss_fn, LABELS), promoting("standard", CHANGED[change]))
+    state = _trained(changed)
+    assert int(hd.metrics(state)["step_mismatches"]) > 10
+    assert "did not move by the step" in hd.explain(state)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("interval", [1, 10])
+def test_a_step_that_is_taken_as_it_is_is_not(rule, interval):
+    schedule = _falling(1.0)
+    state = _trained(RULES[rule](loss_fn, LABELS, update_interval=interval, schedule=schedule))
+    assert int(hd.metrics(state)["step_mismatches"]) == 0
+    assert "did not move" not in hd.explain(state)
+
+
+def test_steps_that_bfloat16_parameters_round_away_are_not_compared():
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), _params())
+    tx = promoting("standard", optax.chain(optax.sgd(1.0), hd.hidlr(loss_fn, LABELS)))
+    state = tx.init(params)
+    batch = tuple(part[0] for part in _batches(1, 1))
+
+    @jax.jit
+    def update(state):
+        with jax.numpy_dtype_promotion("standard"):
+            grad = jax.grad(loss_fn)(params, batch)
+            return tx.update(grad, state, params, batch=batch, grad=grad)[1]
+
+    for _ in range(5):
+        state = update(state)
+    assert int(hd.metrics(state)["step_mismatches"]) == 0
 
 
 # 2. `value` and `grad` of another function.
@@ -269,6 +320,14 @@ def test_updates_outside_of_jit_are_warned_of_once(accumulated):
     assert [str(warning.message)[:45] for warning in caught] == [
         "hidlr: update is called outside of jax.jit, w"
     ]
+    assert caught[0].filename.startswith(str(Path(__file__).parent))
+
+
+def test_the_warning_names_the_line_of_the_user_through_a_chain():
+    tx = optax.chain(optax.chain(hd.hidlr(loss_fn, LABELS, warmup=0)))
+    with jax.numpy_dtype_promotion("standard"), pytest.warns(UserWarning, match="jax.jit") as found:
+        _calls(tx, 2)
+    assert found[0].filename == __file__
 
 
 def test_one_update_outside_of_jit_is_no_loop():
@@ -343,7 +402,7 @@ def test_explain_is_about_ten_lines_whatever_the_number_of_groups():
     _, state = jax.jit(tx.update)(direction, tx.init(params), params, batch=1.0, grad=grad)
     lines = hd.explain((optax.EmptyState(), state)).splitlines()
     assert len(lines) <= 10
-    assert "and 35 more" in lines
+    assert "and 35 more, of less to tell" in lines
     assert lines[0] == "1 updates, 1 refreshes; the guard stepped in 0 times."
     assert lines[-1] == "Nothing stands out."
 
@@ -373,6 +432,25 @@ def test_explain_names_what_each_status_asks_for_and_rates_that_sank_together():
         assert "factor was 0.5" in text
     one_sank = rates | {"head": jnp.float32(1e-2)}
     assert "together" not in hd.explain(state._replace(group_learning_rates=one_sank))
+
+
+def test_explain_names_a_schedule_that_is_no_factor():
+    peaks = {1e-3: True, 1.0: False}
+    for peak, named in peaks.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rule = hd.hidlr(loss_fn, LABELS, schedule=_falling(peak))
+        text = hd.explain(_trained(rule, steps=30))
+        assert ("no learning rate" in text) == named
+        assert "unscheduled rate" in text
+
+
+def test_explain_asks_for_the_rate_of_the_base_optimizer_where_rates_are_huge():
+    small = promoting("standard", optax.adamw(1e-4))
+    assert "was the base optimizer given a learning rate" in hd.explain(
+        _trained(hd.hidlr(loss_fn, LABELS), small)
+    )
+    assert "was the base" not in hd.explain(_trained(hd.hidlr(loss_fn, LABELS)))
 
 
 def test_explain_reads_the_state_of_an_nnx_optimizer():

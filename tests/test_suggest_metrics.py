@@ -231,6 +231,7 @@ KEYS = {f"{field}/{label}" for field in FIELDS for label in ("bias", "weight")} 
     "ascents",
     "value_mismatches",
     "gradient_mismatches",
+    "step_mismatches",
 }
 
 

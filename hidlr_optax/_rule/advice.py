@@ -1,7 +1,10 @@
 """Warnings, and hints for error messages: what is known of a slip while Python still runs."""
 
+import os
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,8 +15,24 @@ from jax.core import Tracer
 
 from hidlr_optax._paths import leaf_paths, listing
 
+_LIBRARIES = tuple(
+    f"{folder}{os.sep}"
+    for folder in (
+        Path(__file__).parents[1],
+        *(Path(str(module.__file__)).parent for module in (jax, optax)),
+    )
+)  # whose frames are not the user's
+
 _LOW_PEAK = 0.1  # of a schedule that is no factor
 _FIRST_STEPS = 2**20  # of a schedule: its peak comes before
+
+
+def _stacklevel() -> int:
+    """For a warning of the caller: up to the first frame outside of the libraries."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def warn_of_low_peak(schedule: optax.Schedule | None) -> None:
@@ -31,11 +50,11 @@ def warn_of_low_peak(schedule: optax.Schedule | None) -> None:
     if 0 < peak < _LOW_PEAK:  # of zero, it is a switch
         warnings.warn(
             f"schedule never exceeds {peak:.3g}, but it is a factor of the rates, 1 at its peak: "
-            "hidlr finds the rates themselves. In place of "
-            "optax.cosine_decay_schedule(3e-4, steps), pass optax.cosine_decay_schedule(1.0, "
-            "steps)",
+            "hidlr finds the rates themselves. Give it the same schedule with a peak of 1.0, such "
+            "as optax.cosine_decay_schedule(1.0, steps) or warmup_cosine_decay_schedule(0.0, 1.0, "
+            "warmup_steps, steps)",
             UserWarning,
-            stacklevel=3,
+            stacklevel=_stacklevel(),
         )
 
 
@@ -56,7 +75,7 @@ def unjitted_watch() -> Callable[[Any], None]:
                 "hidlr: update is called outside of jax.jit, where every refresh compiles its "
                 "probes anew. Put the training step, tx.update in it, under jax.jit (nnx.jit)",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=_stacklevel(),
             )
 
     return watch

@@ -354,9 +354,9 @@ def _preconditioned(evidence: Evidence) -> jax.Array:
     """Distance of the coming direction from a running sum of gradients; 0 without a gradient."""
     if evidence.grad is None:
         return jnp.zeros((), jnp.float32)
-    known = evidence.products.whole()._asdict()
-    del known["params"]
-    return preconditioned(**known)
+    whole = evidence.products.whole()
+    names = "direction", "previous", "gradient", "ahead", "down", "across"
+    return preconditioned(**{name: getattr(whole, name) for name in names})
 
 
 def _part(

@@ -1,8 +1,9 @@
 """The branch of a refresh, and whether what `update` is told fits together.
 
-Three slips raise no error by themselves and let all rates sink: `value` or `grad` of another
-function than the one that is probed, and a direction that goes uphill. They are measured at the
-first refreshes, inside of the one branch that a step has, and counted.
+Four slips raise no error by themselves and let all rates sink: `value` or `grad` of another
+function than the one that is probed, a direction that goes uphill, and steps that are changed after
+`hidlr` has returned them. They are measured at refreshes, inside of the one branch that a step has,
+and counted.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
+from hidlr_optax._groups import wide
 from hidlr_optax._quadratic import Kept
 from hidlr_optax._state import Clock, Packed, where_due
 from hidlr_optax._step_loss import Evidence, StepLoss
@@ -20,6 +23,8 @@ _VALUE_PART = 1e-4  # of the loss: a difference that is no rounding
 _VALUE_FLOOR = 1e-7  # of one: a loss whose terms cancel is all rounding
 _SLOPE_RATIO = 2.0  # between the slope that is given and the one that is measured
 _SLOPE_PART = 1e-3  # of ‖g‖‖u‖: slopes below it are rounding
+_STEP_RATIO = 2.0  # between the step that was returned and the one that was taken
+_STEP_PART = 1e-5  # of ‖w‖‖u‖: a difference of ⟨w, u⟩ below it is rounding
 
 
 Refresh = Callable[[Packed, Evidence], Packed]
@@ -50,10 +55,37 @@ def refresh_if(
         return waiting
 
     def refreshed() -> Packed:
-        before, known = _checked(state, evidence.with_products())
+        known = evidence.with_products()
+        before, known = _checked(_followed(state, known), known)
         return _counted(refresh(before, known), known)
 
     return where_due(due, refreshed, waiting)
+
+
+def _followed(state: Packed, evidence: Evidence) -> Packed:
+    """Compares how far the parameters moved along the last direction with the step returned.
+
+    From one refresh to the next, where they follow each other, as they do while rates are found. Of
+    parameters narrower than float32 rounding takes a part of each step, so they say nothing.
+    """
+    leaves = jax.tree.leaves(evidence.coming.params)
+    is_wide = all(wide(leaf.dtype) == leaf.dtype for leaf in map(jnp.asarray, leaves))
+    if evidence.previous is None or not is_wide:
+        return state
+    products, whole = evidence.products, evidence.products.whole()
+    rates = state.group_learning_rates * state.schedule_factor
+    returned = jnp.sum(rates * products.previous.astype(rates.dtype))
+    taken = whole.moved_to - state.position
+    rounding = _STEP_PART * jnp.sqrt(whole.params) * jnp.sqrt(whole.previous)
+    known = (state.position_count == state.count) & (jnp.abs(returned) > rounding)
+    known &= jnp.isfinite(taken) & jnp.isfinite(returned)
+    ratio = taken / jnp.where(returned == 0, 1, returned)
+    follows = (ratio > 1 / _STEP_RATIO) & (ratio < _STEP_RATIO)
+    return state._replace(
+        step_mismatches=state.step_mismatches + (known & ~follows).astype(jnp.int32),
+        position=whole.position,
+        position_count=optax.safe_increment(state.count),
+    )
 
 
 def _checked(state: Packed, evidence: Evidence) -> tuple[Packed, Evidence]:

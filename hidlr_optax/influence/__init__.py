@@ -29,7 +29,14 @@ __all__ = [
 ]
 
 
-_TOTALS = "refreshes", "cuts", "ascents", "value_mismatches", "gradient_mismatches"
+_TOTALS = (
+    "refreshes",
+    "cuts",
+    "ascents",
+    "value_mismatches",
+    "gradient_mismatches",
+    "step_mismatches",
+)
 
 
 def _is_state(node: Any) -> bool:
@@ -85,8 +92,9 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
       same under its former name) and `kept/…` (a `Kept`: 0 where the last refresh set a new rate,
       else the reason why not). Beside them `refreshes`; `cuts`, how often the guard stepped in; and
       what should stay at 0: `value_mismatches` and `gradient_mismatches`, at how many refreshes
-      `value` and `grad` were found not to be those of the probed loss; and `ascents`, at how many
-      no group's step went downhill: a few are noise. `explain` says what to do about them.
+      `value` and `grad` were found not to be those of the probed loss; `step_mismatches`, at how
+      many the parameters had not moved by the step that `hidlr` returned; and `ascents`, at how
+      many no group's step went downhill: a few are noise. `explain` says what to do about them.
 
     Raises:
       ValueError: there is no `HiDLRState` in the state, or more than one.
