@@ -39,7 +39,20 @@ SEEDS = range(3)
 CHECKS = 10  # how often a run is evaluated
 
 FIELDS = ("method", "workload", "optimizer", "schedule", "grouping", "interval", "scale")
-BASELINES = "robustness-baselines.jsonl.gz"
+BASELINES, LONG_BASELINES = "robustness-baselines.jsonl.gz", "robustness-long-baselines.jsonl.gz"
+
+# Runs ten times as long, of problems that are not learnt by heart in them.
+LONG_STEPS = 4000
+LONG = (
+    ("MNIST CNN", "AdamW"),
+    ("MNIST CNN", "momentum"),
+    ("digits, 20 % noise", "momentum"),
+    ("LoRA", "AdamW"),
+    ("synthetic NAM", "SGD"),
+    ("housing NAM", "AdamW"),
+    ("text", "AdamW"),
+    ("text", "SGD"),
+)
 
 # The direction at unit rate, what an experienced user would begin with, and the middle of the grid.
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
@@ -260,6 +273,9 @@ def jobs(suite: str) -> Iterator[Job]:
     chosen = cases()
     rules = dict(RULES)
     names, steps = list(WORKLOADS), None
+    if suite == "long":
+        yield from long_jobs()
+        return
     if suite == "smoke":
         names, steps = ["digits", "ellipse"], 20
         chosen = [case for case in chosen if case.workload in names][::3]
@@ -278,6 +294,16 @@ def jobs(suite: str) -> Iterator[Job]:
     for case in half(chosen):
         for method, rule in ABLATIONS.items():
             yield case_job(method, rule, case, steps)
+
+
+def long_jobs() -> Iterator[Job]:
+    """Of `LONG`, with Φ = 10 and the first grouping of each workload."""
+    for name, optimizer in LONG:
+        case = Case(name, optimizer, 0, 10, 1.0)
+        for method in ("hidlr, cosine", "hidlr", "Hi-ULR, cosine", "Hi-ULR"):
+            yield case_job(method, RULES[method], case, LONG_STEPS)
+        for schedule in ("cosine", "constant"):
+            yield grid_job(name, optimizer, schedule, LONG_STEPS)
 
 
 def half(chosen: list[Case]) -> list[Case]:
@@ -524,7 +550,7 @@ def report(rows: list[dict[str, Any]], figure: Path | None, details: bool) -> No
 def main() -> None:
     """Parses the arguments."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--suite", choices=("smoke", "full"), default="full")
+    parser.add_argument("--suite", choices=("smoke", "full", "long"), default="full")
     parser.add_argument("--out", type=Path, default=Path("robustness.jsonl"))
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--shard", type=shard, default=slice(None), help="i/n: of n parts the i-th")
@@ -532,12 +558,12 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="run nothing, only report")
     parser.add_argument("--details", action="store_true", help="report every case")
     args = parser.parse_args()
-    store = Store(args.out, FIELDS, BASELINES)
+    store = Store(args.out, FIELDS, LONG_BASELINES if args.suite == "long" else BASELINES)
     if not args.report:
         chosen = [
             j for j in jobs(args.suite) if not args.methods or j.key["method"] in args.methods
         ]
-        store.run(chosen[args.shard], SEEDS if args.suite == "full" else range(1))
+        store.run(chosen[args.shard], range(1) if args.suite == "smoke" else SEEDS)
     if args.report or args.shard == slice(None):
         report(store.rows(), args.figure, args.details)
 

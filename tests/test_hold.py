@@ -333,12 +333,13 @@ def _found_in_python(average, present, goal):
     return _clamp(_wanted_in_python(ratio, goal), math.log(0.5), math.log(1.2))
 
 
-def _kept_in_python(average, present, goal, factor, refreshes):
+def _kept_in_python(average, present, goal, factor, refreshes, preconditioned):
     ratio = max(average, min(present, goal)) if average < goal else average
     wanted = _wanted_in_python(ratio, goal)
     slow = _clamp(wanted, math.log(0.5), math.log(1.3)) / (1 + refreshes / 4)
     fast = _clamp(wanted - 0.7, 0.0, math.log(1.3))
-    return factor**4 * max(slow, fast)
+    change = factor**4 * max(slow, fast)
+    return change * (1 - preconditioned) if change > 0 else change
 
 
 _RATIOS = [-3.0, 0.0, 1e-9, 0.01, 0.6, 1.0, 1.3, 1.6, 2.5, 40.0]
@@ -352,9 +353,11 @@ def test_the_rates_are_moved_as_in_plain_python(average, goal):
         expected = _found_in_python(average, present, goal)
         np.testing.assert_allclose(_hold.find(ratio, _f32(goal)), expected, rtol=1e-4, atol=1e-6)
         for factor, refreshes in ((1.0, 0.0), (1.0, 12.0), (0.3, 4.0), (-0.5, 4.0), (1.2, 1.0)):
-            found = _hold.keep(ratio, _f32(goal), _f32(factor), _f32(refreshes))
-            expected = _kept_in_python(average, present, goal, factor, refreshes)
-            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+            for preconditioned in (0.0, 0.4, 1.0):
+                numbers = goal, factor, refreshes, preconditioned
+                found = _hold.keep(ratio, *map(_f32, numbers))
+                expected = _kept_in_python(average, present, *numbers)
+                np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def _shortened_in_python(mean, ahead, descent, loss):

@@ -7,8 +7,9 @@ C = 2(G − E), G the loss won, and the slope at its start F = E + C. The ratio 
 the step went: 1 to the minimum of the loss, 2 to where nothing is won.
 
 Runs with tuned rates peak between, so the rule moves the rates until q meets a goal there: fast in
-the first steps, then ever less, as a stochastic approximation does. A schedule makes q smaller, and
-is not followed: it weighs in with the fourth power of its factor.
+the first steps, then ever less, as a stochastic approximation does, and with Adam or Lion only
+down. A schedule makes q smaller, and is not followed: it weighs in with the fourth power of its
+factor.
 
 All averages are kept per unit of the joint rate x, the geometric mean of the K rates, so that they
 need no rescaling when x moves. While the rates are found, they are of looks as they are: the
@@ -366,19 +367,31 @@ def find(ratio: Ratios, goal: jax.Array) -> jax.Array:
     return jnp.clip(wanted, math.log(_FALL), math.log(_GROWTH))
 
 
-def keep(ratio: Ratios, goal: jax.Array, factor: jax.Array, refreshes: jax.Array) -> jax.Array:
+def keep(
+    ratio: Ratios,
+    goal: jax.Array,
+    factor: jax.Array,
+    refreshes: jax.Array,
+    preconditioned: jax.Array,
+) -> jax.Array:
     """The logarithm of what the rates are multiplied by once they are found.
+
+    Steps of Adam and Lion do not shrink with the gradient. Where the loss flattens, their ratio
+    falls, and a larger rate would meet its goal for a while; in a transformer it ruins the weights
+    for the rest of the run, and no loss of the time says so. Their rates do not rise any more.
 
     Args:
       ratio: q.
       goal: of q.
       factor: of the schedule.
       refreshes: since the rates were found.
+      preconditioned: from 0, SGD and momentum, to 1, Adam and Lion.
     """
     wanted, weight = _wanted(_heeded(ratio, goal), goal), factor**4
     slow = jnp.clip(wanted, math.log(_FALL), math.log(_RISE)) / (1 + refreshes / _PATIENCE)
     fast = jnp.clip(wanted - _TOO_LOW, 0, math.log(_RISE))
-    return weight * jnp.maximum(slow, fast)
+    change = weight * jnp.maximum(slow, fast)
+    return jnp.where(change > 0, (1 - preconditioned) * change, change)
 
 
 class Verdict(NamedTuple):
@@ -596,7 +609,8 @@ class Hold:
         used = jax.tree.map(pick, progress.absolute, progress.relative)
         ratio = ratios(used, seen, pick(1.0, progress.size), progress.peak)
         goal = goal_for(self.goal, self.preconditioned_goal, used, progress.preconditioned)
-        change = jnp.where(finding, find(ratio, goal), keep(ratio, goal, factor, progress.held))
+        kept = keep(ratio, goal, factor, progress.held, progress.preconditioned)
+        change = jnp.where(finding, find(ratio, goal), kept)
         return change, progress._replace(
             ratio=ratio.average,
             goal=goal,
