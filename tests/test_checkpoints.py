@@ -139,8 +139,8 @@ def test_a_killed_run_goes_on_to_the_last_bit_as_if_it_had_not_been(restore, kil
     assert _KILLED - _EVERY < step < _STEPS
     _assert_all_equal(restored, _uninterrupted(step))
     _assert_all_equal(_continued(restored, step), _uninterrupted())
-    rates = optax.tree.get(restored, "group_learning_rates")
-    assert rates != optax.tree.get(_uninterrupted(), "group_learning_rates")
+    slopes = optax.tree.get(restored, "slope")
+    assert slopes != optax.tree.get(_uninterrupted(), "slope")
 
 
 # Other groups.

@@ -80,11 +80,12 @@ def _followed(state: Packed, evidence: Evidence) -> Packed:
     known = (state.position_count == state.count) & (jnp.abs(returned) > rounding)
     known &= jnp.isfinite(taken) & jnp.isfinite(returned)
     ratio = taken / jnp.where(returned == 0, 1, returned)
+    is_known = jnp.isfinite(whole.position)
     follows = (ratio > 1 / _STEP_RATIO) & (ratio < _STEP_RATIO)
     return state._replace(
         step_mismatches=state.step_mismatches + (known & ~follows).astype(jnp.int32),
-        position=whole.position,
-        position_count=optax.safe_increment(state.count),
+        position=jnp.where(is_known, whole.position, 0),
+        position_count=jnp.where(is_known, optax.safe_increment(state.count), 0),
     )
 
 

@@ -91,7 +91,8 @@ def hidlr(
         it gives their proportions alone: at the first update their size is set so that the step, by
         its slope, changes the loss by three hundredths. With other solvers it is brought within a
         factor of ten of where that is one hundredth. With `warmup=0`, or without `grad`, the rates
-        begin as they are given. None: all alike, and found.
+        begin as they are given; with `warmup=0`, those of Adam and Lion only fall from there. None:
+        all alike, and found.
       update_interval: Φ ≥ 1, steps from refresh to refresh.
       schedule: step -> factor, 1 at its peak; multiplies all rates. `hold` knows it and does not
         undo it; put no other scaling after `hidlr`.
