@@ -41,7 +41,7 @@ CHECKS = 10  # how often a run is evaluated
 FIELDS = ("method", "workload", "optimizer", "schedule", "grouping", "interval", "scale")
 BASELINES, LONG_BASELINES = "robustness-baselines.jsonl.gz", "robustness-long-baselines.jsonl.gz"
 
-# Runs ten times as long, of problems that are not learnt by heart in them.
+# Runs ten times as long. The images are learnt by heart in them; the others are not.
 LONG_STEPS = 4000
 LONG = (
     ("MNIST CNN", "AdamW"),
