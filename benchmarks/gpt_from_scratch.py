@@ -66,7 +66,7 @@ def trained(size: Size, rule: Callable[[Any, Any], Any], seed: int) -> Row:
     graph, state = nnx.split(gpt.GPT(size.config, nnx.Rngs(seed)))
     params = nnx.to_pure_dict(state)
 
-    def rows(text: jax.Array, starts: jax.Array) -> jax.Array:
+    def rows(text: jax.Array, starts: Any) -> jax.Array:
         return text[starts[:, None] + jnp.arange(length + 1)]
 
     def loss(params: Any, tokens: jax.Array) -> jax.Array:
