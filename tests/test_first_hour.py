@@ -114,9 +114,10 @@ def test_a_step_that_is_changed_after_hidlr_is_named(rule, change):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("interval", [1, 10])
-def test_a_step_that_is_taken_as_it_is_is_not(rule, interval):
-    schedule = _falling(1.0)
-    state = _trained(RULES[rule](loss_fn, LABELS, update_interval=interval, schedule=schedule))
+@pytest.mark.parametrize("stored", [None, jnp.bfloat16])
+def test_a_step_that_is_taken_as_it_is_is_not(rule, interval, stored):
+    told = {"update_interval": interval, "schedule": _falling(1.0), "lagged_dtype": stored}
+    state = _trained(RULES[rule](loss_fn, LABELS, **told))
     assert int(hd.metrics(state)["step_mismatches"]) == 0
     assert "did not move" not in hd.explain(state)
 

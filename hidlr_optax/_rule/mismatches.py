@@ -66,9 +66,10 @@ def _followed(state: Packed, evidence: Evidence) -> Packed:
     """Compares how far the parameters moved along the last direction with the step returned.
 
     From one refresh to the next, where they follow each other, as they do while rates are found. Of
-    parameters narrower than float32 rounding takes a part of each step, so they say nothing.
+    parameters or directions narrower than float32, rounding takes a part of each step: they say
+    nothing.
     """
-    leaves = jax.tree.leaves(evidence.coming.params)
+    leaves = jax.tree.leaves((evidence.coming.params, evidence.previous))
     is_wide = all(wide(leaf.dtype) == leaf.dtype for leaf in map(jnp.asarray, leaves))
     if evidence.previous is None or not is_wide:
         return state
@@ -80,12 +81,12 @@ def _followed(state: Packed, evidence: Evidence) -> Packed:
     known = (state.position_count == state.count) & (jnp.abs(returned) > rounding)
     known &= jnp.isfinite(taken) & jnp.isfinite(returned)
     ratio = taken / jnp.where(returned == 0, 1, returned)
-    is_known = jnp.isfinite(whole.position)
+    has_position = jnp.isfinite(whole.position)
     follows = (ratio > 1 / _STEP_RATIO) & (ratio < _STEP_RATIO)
     return state._replace(
         step_mismatches=state.step_mismatches + (known & ~follows).astype(jnp.int32),
-        position=jnp.where(is_known, whole.position, 0),
-        position_count=jnp.where(is_known, optax.safe_increment(state.count), 0),
+        position=jnp.where(has_position, whole.position, 0),
+        position_count=jnp.where(has_position, optax.safe_increment(state.count), 0),
     )
 
 
