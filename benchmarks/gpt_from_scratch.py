@@ -105,7 +105,7 @@ def jobs(size: Size) -> Iterator[Job]:
 
 def main() -> None:
     """Parses the arguments."""
-    args = arguments(__doc__, "gpt.jsonl", full="as it is", quick="a small model, few steps")
+    args = arguments(__doc__, "gpt.jsonl", quick="a small model, few steps")
     size = QUICK if args.quick else FULL
     store = Store(args.out, FIELDS)
     if not args.report:

@@ -9,6 +9,7 @@ again.
     python benchmarks/robustness.py --out robustness.jsonl --shard 0/2 &
     python benchmarks/robustness.py --out robustness.jsonl --shard 1/2
     python benchmarks/robustness.py --out robustness.jsonl --report --figure robustness.png
+    python benchmarks/robustness.py --suite long --out long.jsonl     # ten times the steps
 """
 
 import argparse
@@ -270,12 +271,12 @@ def other_job(method: str, name: str, steps: int | None) -> Job:
 
 def jobs(suite: str) -> Iterator[Job]:
     """All of a suite, ordered so that a cut at any time leaves something to compare."""
-    chosen = cases()
-    rules = dict(RULES)
-    names, steps = list(WORKLOADS), None
     if suite == "long":
         yield from long_jobs()
         return
+    chosen = cases()
+    rules = dict(RULES)
+    names, steps = list(WORKLOADS), None
     if suite == "smoke":
         names, steps = ["digits", "ellipse"], 20
         chosen = [case for case in chosen if case.workload in names][::3]

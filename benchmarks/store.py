@@ -55,22 +55,23 @@ def rounded(found: Mapping[str, Any], digits: int) -> Row:
 
 
 def arguments(
-    doc: str | None, out: str, *, full: str, quick: str, figure: bool = False
+    doc: str | None, out: str, *, quick: str, full: str | None = None, figure: bool = False
 ) -> argparse.Namespace:
     """What every script with rows in one file is told by its user.
 
     Args:
       doc: of the script.
       out: where its rows go, unless told otherwise.
-      full: what `--full` does.
       quick: what `--quick` does.
+      full: what `--full` does; None: there is no such flag.
       figure: whether it draws one.
     """
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=raw)
     parser.add_argument("--out", type=Path, default=Path(out))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--full", action="store_true", help=full)
+    if full is not None:
+        parser.add_argument("--full", action="store_true", help=full)
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--report", action="store_true", help="run nothing, only report")
     if figure:

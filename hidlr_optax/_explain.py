@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from hidlr_optax._quadratic import Kept
+from hidlr_optax._rule.advice import LOW_PEAK
 from hidlr_optax._state import HiDLRState
 from hidlr_optax.influence import find_state
 from hidlr_optax.influence._report import aligned
@@ -13,7 +14,6 @@ from hidlr_optax.influence._report import aligned
 _SHOWN = 5  # groups, so that there are ten lines
 _SUNK = 0.1  # of its highest: a rate below it has sunk
 _HIGH = 10.0  # a rate above it is one of a step that had been shortened before
-_LOW_FACTOR = 0.1  # of a schedule that has not been above it
 _FOUND = 20  # refreshes before which a schedule may be warming up
 
 _STATUS = {
@@ -63,7 +63,7 @@ def _read(state: HiDLRState) -> _Run:
         steps=number(host.step_mismatches),
         factor=number(host.gradient_factor),
         schedule=number(host.schedule_factor),
-        peak=number(getattr(host.progress, "peak", host.schedule_factor)),
+        peak=number(host.progress.peak) if host.progress else 1.0,  # hold alone keeps it
         rates=by_label(host.group_learning_rates),
         highest=by_label(host.highest_learning_rates),
         kept=by_label(host.kept),
@@ -82,7 +82,8 @@ def _trend(part: float) -> str:
 def _table(run: _Run) -> list[str]:
     """The groups by name; of more than are shown, those with most to tell."""
     order = sorted(run.rates, key=lambda name: (run.kept[name] == 0, _part(run, name)))
-    rows = [("group", "learning rate" if run.schedule == 1 else "unscheduled rate", "trend", "")]
+    rate = "learning rate" if run.schedule == 1 else "unscheduled learning rate"
+    rows = [("group", rate, "trend", "")]
     for name in sorted(order[:_SHOWN]):
         trend = _trend(_part(run, name))
         rows.append((name, f"{run.rates[name]:.3g}", trend, f"  {_STATUS[Kept(run.kept[name])]}"))
@@ -134,7 +135,7 @@ def _other_steps(run: _Run) -> str | None:
 
 
 def _low_schedule(run: _Run) -> str | None:
-    if run.refreshes < _FOUND or not 0 < run.peak < _LOW_FACTOR:
+    if run.refreshes < _FOUND or not 0 < run.peak < LOW_PEAK:
         return None
     return (
         f"The schedule has not been above {run.peak:.2g} yet: it is a factor, 1 at its peak, and "

@@ -443,7 +443,13 @@ def test_explain_names_a_schedule_that_is_no_factor():
             rule = hd.hidlr(loss_fn, LABELS, schedule=_falling(peak))
         text = hd.explain(_trained(rule, steps=30))
         assert ("no learning rate" in text) == named
-        assert "unscheduled rate" in text
+        assert "unscheduled learning rate" in text
+
+
+def test_explain_does_not_take_the_end_of_a_schedule_for_a_low_one():
+    for rule in RULES.values():
+        state = _trained(rule(loss_fn, LABELS, schedule=_falling(1.0)))
+        assert "no learning rate" not in hd.explain(state)
 
 
 def test_explain_asks_for_the_rate_of_the_base_optimizer_where_rates_are_huge():

@@ -23,7 +23,7 @@ _LIBRARIES = tuple(
     )
 )  # whose frames are not the user's
 
-_LOW_PEAK = 0.1  # of a schedule that is no factor
+LOW_PEAK = 0.1  # of a schedule that is no factor
 _FIRST_STEPS = 2**20  # of a schedule: its peak comes before
 
 
@@ -47,7 +47,7 @@ def warn_of_low_peak(schedule: optax.Schedule | None) -> None:
             peak = float(jnp.max(jnp.abs(jax.vmap(schedule)(jnp.asarray(steps)))))
     except Exception:  # a schedule of the user's own, that a warning must not break
         return
-    if 0 < peak < _LOW_PEAK:  # of zero, it is a switch
+    if 0 < peak < LOW_PEAK:  # of zero, it is a switch
         warnings.warn(
             f"schedule never exceeds {peak:.3g}, but it is a factor of the rates, 1 at its peak: "
             "hidlr finds the rates themselves. Give it the same schedule with a peak of 1.0, such "

@@ -630,8 +630,9 @@ def hold(
     it, F the slope at its start, both by one forward pass on a batch that the step has not seen. q
     is 1 where the step leads to the minimum of the loss, 2 where it wins nothing. Tuned runs peak
     between. Directions that do not shrink with the gradient (Adam, Lion) have a lower goal than
-    those that do (SGD, momentum). The groups share one joint rate, and move away from it slowly,
-    until their steps go equally far for their curvatures.
+    those that do (SGD, momentum), and once they are found their rates only fall. The groups share
+    one joint rate, and move away from it slowly, until their steps go equally far for their
+    curvatures.
 
     Args:
       goal: of q where the direction is a running sum of gradients (SGD, momentum), > 0.
