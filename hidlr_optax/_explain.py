@@ -14,12 +14,13 @@ from hidlr_optax.influence._report import aligned
 _SHOWN = 5  # groups, so that there are ten lines
 _SUNK = 0.1  # of its highest: a rate below it has sunk
 _HIGH = 10.0  # a rate above it is one of a step that had been shortened before
+_NOISY = 3e-5  # of the loss: more noise than float32 has
 _FOUND = 20  # refreshes before which a schedule may be warming up
 
 _STATUS = {
     Kept.UPDATED: "ok",
     Kept.NON_FINITE: "not finite: look for NaN in the loss, gradient or update",
-    Kept.UNRESOLVED: "changes the loss by less than its rounding: converged, or a loss in bfloat16",
+    Kept.UNRESOLVED: "changes the loss by less than its rounding: converged, or in bfloat16",
     Kept.NOT_CONVEX: "no minimum along it: larger batches, or hold(), which needs none",
     Kept.NO_SLOPE: "no gradient or no update: frozen or unused? split it off",
     Kept.OTHER_GROUP: "kept because of another group's numbers",
@@ -38,6 +39,7 @@ class _Run(NamedTuple):
     gradients: int
     steps: int
     factor: float
+    noise: float
     schedule: float
     peak: float
     rates: dict[str, float]
@@ -62,6 +64,7 @@ def _read(state: HiDLRState) -> _Run:
         gradients=number(host.gradient_mismatches),
         steps=number(host.step_mismatches),
         factor=number(host.gradient_factor),
+        noise=number(host.loss_noise),
         schedule=number(host.schedule_factor),
         peak=number(host.progress.peak) if host.progress else 1.0,  # hold alone keeps it
         rates=by_label(host.group_learning_rates),
@@ -134,6 +137,15 @@ def _other_steps(run: _Run) -> str | None:
     )
 
 
+def _noisy(run: _Run) -> str | None:
+    if run.noise < _NOISY:
+        return None
+    return (
+        f"The loss is rounded to {run.noise:.1g} of itself, as by arithmetic in bfloat16: where a "
+        "step changes it by less, its curvature is noise, and the rates stay."
+    )
+
+
 def _low_schedule(run: _Run) -> str | None:
     if run.refreshes < _FOUND or not 0 < run.peak < LOW_PEAK:
         return None
@@ -175,6 +187,7 @@ _FINDINGS: tuple[Callable[[_Run], str | None], ...] = (
     _wrong_value,
     _wrong_gradient,
     _other_steps,
+    _noisy,
     _low_schedule,
     _high,
     _sank,

@@ -1,5 +1,6 @@
 """The state of `hidlr`, and where in a run it stands."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -28,6 +29,9 @@ class HiDLRState(NamedTuple, Generic[PerGroup]):
       gradient_mismatches: () int32, likewise for `grad` and the slope of the loss along the step.
       gradient_factor: () float32, what slopes by `grad` are multiplied by, so that they are those
         of the loss: 1 unless the first refreshes found another.
+      loss_noise: () float32, by how much the loss jumps along a step whatever its slope, as a part
+        of itself: rounding, measured at the second and third refresh. Where a step changes the loss
+        by less, the rates stay (`Kept.UNRESOLVED`).
       step_mismatches: () int32, refreshes before which the parameters had not moved as they were
         told: by less than half of the step that `hidlr` had returned, or more than twice of it.
         With `slope="lagged"`, where one refresh follows another.
@@ -59,6 +63,7 @@ class HiDLRState(NamedTuple, Generic[PerGroup]):
     value_mismatches: jax.Array
     gradient_mismatches: jax.Array
     gradient_factor: jax.Array
+    loss_noise: jax.Array
     step_mismatches: jax.Array
     position: jax.Array
     position_count: jax.Array
@@ -153,6 +158,7 @@ def initial_state(
         value_mismatches=jnp.zeros((), jnp.int32),
         gradient_mismatches=jnp.zeros((), jnp.int32),
         gradient_factor=jnp.ones((), jnp.float32),
+        loss_noise=jnp.zeros((), jnp.float32),
         step_mismatches=jnp.zeros((), jnp.int32),
         position=jnp.zeros((), jnp.float32),
         position_count=jnp.zeros((), jnp.int32),
@@ -184,16 +190,32 @@ class Clock(NamedTuple):
     factor: jax.Array
 
 
+def widened(count: jax.Array, interval: jax.Array, warmup: jax.Array, after: float) -> jax.Array:
+    """The interval at this update: () int32, as it is given or a power of two times that.
+
+    From twice `after` intervals on, it is doubled whenever the run has become twice as long. Each
+    due update of a wider interval is one of the narrower, too, and no state is needed. An interval
+    of one is asked for where every step counts, and stays.
+    """
+    if after == math.inf:
+        return interval
+    passed = jnp.maximum(count - warmup, 0) // interval
+    doublings = 31 - jax.lax.clz(jnp.maximum(passed // int(after), 1))
+    return jnp.where(interval > 1, interval << doublings, interval)
+
+
 def clock(
     count: jax.Array,
     update_interval: Any,
     warmup: Any,
     schedule: optax.Schedule | None,
     refresh: Any,
+    widen_after: float = math.inf,
 ) -> Clock:
     """Reads the clock at the update after `count` others."""
-    interval = jnp.asarray(update_interval).astype(jnp.int32)
     warmup = jnp.asarray(warmup).astype(jnp.int32)
+    interval = jnp.asarray(update_interval).astype(jnp.int32)
+    interval = widened(count, interval, warmup, widen_after)
     finding = count < warmup
     allowed = jnp.asarray(refresh)
     factor = jnp.asarray(1.0 if schedule is None else schedule(count), jnp.float32)

@@ -256,7 +256,7 @@ def test_apply_if_finite_skips_a_bad_gradient_and_goes_on(rule):
 
 
 @pytest.mark.parametrize(
-    ("known", "evaluations"), [((), 9), (("grad",), 10), (("value",), 9), (("value", "grad"), 9)]
+    ("known", "evaluations"), [((), 9), (("grad",), 11), (("value",), 9), (("value", "grad"), 10)]
 )
 def test_a_refresh_costs_four_evaluations_per_group_and_the_value_if_not_given_or_compared(
     known, evaluations
@@ -312,11 +312,11 @@ def _evaluations(rule, refreshes):
     """Of refreshes of two groups, given by how many there were before each; value and grad known.
 
     The default looks back, ahead while it finds the rates, and at every fourth takes a gradient.
-    The first three compare value and gradient.
+    The first three compare value and gradient, and look at the noise of the loss.
     """
 
     def evaluations(before):
-        return (before < 3) + (8 if rule is _hidlr else 2 + (before % 4 == 0))
+        return 2 * (before < 3) + (8 if rule is _hidlr else 2 + (before % 4 == 0))
 
     return sum(map(evaluations, refreshes))
 
@@ -534,9 +534,10 @@ def test_scan_equals_the_loop(rule):
 
         return jax.lax.scan(body, (params, state), batches)[0]
 
-    _assert_all_close(
-        train(params, tx.init(params), _network_batches(6)), _reference_run(rule), 1e-4
-    )
+    scanned = train(params, tx.init(params), _network_batches(6))
+    # The noise is rounding, and another program rounds in another way.
+    runs = [optax.tree.set(run, loss_noise=0.0) for run in (scanned, _reference_run(rule))]
+    _assert_all_close(*runs, 1e-4)
 
 
 @_plain_and_default

@@ -670,9 +670,9 @@ def test_a_refresh_costs_one_evaluation_and_one_more_while_rates_are_found(
             continue
         # Of several groups, at every fourth refresh: a gradient, or two where no slope is known.
         alone = (1 if "grad" in known else 2) if groups > 1 and refreshes % 4 == 0 else 0
-        # Three times, value and gradient are compared with what is probed.
+        # Three times, value and gradient are compared with what is probed, and that is followed.
         has_value = "value" in known and dtype == "float32"
-        compared = refreshes < 3 and (has_value or "grad" in known)
+        compared = (2 if "grad" in known else has_value) if refreshes < 3 else 0
         expected.append(1 + extra + (step < 10) + alone + compared)
         refreshes += 1
     assert counts == expected
@@ -933,3 +933,65 @@ def test_groups_of_different_curvature_end_with_ratios_nearer_to_each_other(max_
         assert after == pytest.approx(before, rel=1e-5)
     else:
         assert after < before - math.log(max_split)
+
+
+# When it happens.
+
+
+def _refreshed_at(steps, **settings):
+    """The updates that refresh, one by one."""
+    params = {"w": jnp.ones(2)}
+    tx = hd.hidlr(lambda p, b: jnp.sum(p["w"] ** 2), "all", **settings)
+    direction = jax.tree.map(jnp.negative, params)
+
+    @jax.jit
+    def run():
+        def step(state, _):
+            state = tx.update(direction, state, params, batch=0, grad=params)[1]
+            return state, state.refreshes
+
+        return jax.lax.scan(step, tx.init(params), None, steps)[1]
+
+    counts = np.diff(np.asarray(run()), prepend=0)
+    return np.flatnonzero(counts).tolist()
+
+
+def test_the_interval_doubles_whenever_the_run_has_become_twice_as_long():
+    settings = {"update_interval": 5, "warmup": 3, "solver": hd.hold(widen_after=4)}
+    late = range(3 + 2 * 4 * 5, 200)
+    expected = [0, 1, 2, *range(5, 43, 5)]
+    for step in late:
+        intervals = (step - 3) // 5
+        factor = 2 ** int(np.log2(intervals // 4))
+        expected += [step] if step % (5 * factor) == 0 else []
+    assert _refreshed_at(200, **settings) == expected
+    gaps = np.diff(expected)
+    assert set(gaps[3:]) == {5, 10, 20}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"update_interval": 5, "solver": hd.hold(widen_after=math.inf)},
+        {"update_interval": 5, "solver": hd.coupled()},
+        {"update_interval": 1, "solver": hd.hold(widen_after=2)},
+    ],
+    ids=["never", "another solver", "every step"],
+)
+def test_an_interval_that_stays_as_it_was_given(settings):
+    interval = settings["update_interval"]
+    refreshed = _refreshed_at(150, warmup=0, **settings)
+    assert refreshed == list(range(0, 150, interval))
+
+
+def test_by_default_the_first_hundred_intervals_are_as_given():
+    refreshed = _refreshed_at(400, update_interval=2)
+    late = [step for step in refreshed if step > 20]
+    assert late[:99] == list(range(22, 220, 2))
+    assert set(np.diff(late)) == {2, 4}
+
+
+@pytest.mark.parametrize("widen_after", [0, 0.5, -1, 2.5, math.nan])
+def test_an_odd_widening_is_refused(widen_after):
+    with pytest.raises(ValueError, match="widen_after must be a whole number"):
+        hd.hold(widen_after=widen_after)

@@ -127,3 +127,75 @@ def test_bfloat16_parameters_alone_are_worse_but_train():
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), _params())
     values, state = _trained(functools.partial(loss_in, jnp.bfloat16), params)
     _assert_trains(values, state, factor=2.5)
+
+
+def _rounded(dtype, params, batch):
+    """How far the loss with activations in `dtype` is off, as a part of itself: NumPy's float64."""
+    x, y = (np.asarray(part, np.float64) for part in batch)
+    exact = np.mean((np.tanh(x @ np.asarray(params["body"], np.float64)) @ params["head"] - y) ** 2)
+    return abs(float(loss_in(dtype, params, batch)) - exact) / exact
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_noise_of_the_loss_is_measured_and_not_taken_from_its_dtype(dtype):
+    _, state = _trained(functools.partial(loss_in, dtype))
+    noise = float(hd.metrics(state)["loss_noise"])
+    keys = jax.random.split(jax.random.key(2), 20)
+    moved = [
+        optax.tree.add_scale(_params(), 1e-3, optax.tree.random_like(key, _params()))
+        for key in keys
+    ]
+    usual = np.mean([_rounded(dtype, params, _batches()[0]) for params in moved])
+    assert usual / 10 < noise < 10 * usual
+    assert ("rounded to" in hd.explain(state)) == (dtype == jnp.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_steps_below_the_noise_are_unresolved_and_keep_the_rates(dtype):
+    """Late in a run of bfloat16 arithmetic, with the schedule nearly at its end."""
+    loss = functools.partial(loss_in, dtype)
+    rule = hd.hidlr(loss, "all", update_interval=1, schedule=lambda i: jnp.where(i < 40, 1, 1e-5))
+    tx = optax.chain(promoting("standard", optax.adam(1.0)), rule)
+    params, batch = _params(), _batches()[0]
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        grad = jax.grad(loss)(params, batch)
+        updates, state = tx.update(grad, state, params, batch=batch, grad=grad)
+        return optax.apply_updates(params, updates), state
+
+    seen = []
+    for _ in range(60):
+        params, state = step(params, state)
+        kept = hd.Kept(int(optax.tree.get(state, "kept")["all"]))
+        seen.append((kept, float(optax.tree.get(state, "group_learning_rates")["all"])))
+    late = seen[45:]
+    if dtype == jnp.bfloat16:
+        assert {kept for kept, _ in late} == {hd.Kept.UNRESOLVED}
+        assert len({rate for _, rate in late}) == 1
+    else:
+        assert hd.Kept.UNRESOLVED not in {kept for kept, _ in late}
+
+
+def test_a_value_that_rounding_alone_sets_apart_is_no_mismatch():
+    """The same function, compiled anew, is off by the rounding of bfloat16."""
+    loss = functools.partial(loss_in, jnp.bfloat16)
+    tx, params = _tx(loss), _params()
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, batch, noise):
+        value, grad = jax.value_and_grad(loss)(params, batch)
+        value *= 1 + noise
+        updates, state = tx.update(grad, state, params, batch=batch, value=value, grad=grad)
+        return optax.apply_updates(params, updates), state
+
+    counts = []
+    for noise in (2e-4, 0.1):
+        after = params, state
+        for batch in _batches()[:5]:
+            after = step(*after, batch, noise)
+        counts.append(int(hd.metrics(after[1])["value_mismatches"]))
+    assert counts[0] == 0
+    assert counts[1] >= 3

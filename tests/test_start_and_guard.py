@@ -550,7 +550,7 @@ def test_a_refresh_of_the_default_rule_costs_two_evaluations_per_group_and_the_g
     once = 2 * groups + extra
     expected = [once if step < 10 or step % 10 == 0 else 0 for step in range(22)]
     for step in range(3):
-        expected[step] += 1  # value and gradient are compared with what is probed
+        expected[step] += 2  # value, gradient and noise are compared with what is probed
     assert counts == expected
 
 

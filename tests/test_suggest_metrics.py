@@ -232,6 +232,7 @@ KEYS = {f"{field}/{label}" for field in FIELDS for label in ("bias", "weight")} 
     "value_mismatches",
     "gradient_mismatches",
     "step_mismatches",
+    "loss_noise",
 }
 
 

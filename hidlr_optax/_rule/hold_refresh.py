@@ -68,7 +68,7 @@ class Measured(NamedTuple):
       curvature: (Aη)_k/η_k, (K,).
       same: −⟨∇L_k, u_k⟩ of the coming step on the batch that made it, (K,).
       look: the same of all groups together.
-      resolved: () bool, whether the loss changed by more than its rounding.
+      resolved: () bool, whether the loss changed by more than its rounding and noise.
       is_split: () bool, whether the curvatures of the groups were measured one by one.
       rise: () by how much the step raises the loss.
     """
@@ -99,6 +99,11 @@ class HoldRule:
     init_learning_rate: Any
 
     couples = False
+
+    @property
+    def widen_after(self) -> float:
+        """Intervals after which they may become longer."""
+        return self.solver.widen_after
 
     def begin(self) -> Progress:
         """Averages of its own: none yet."""
@@ -207,14 +212,15 @@ class HoldRule:
             curvature=curvature,
             same=unit * (rates @ same) / joint(rates),
         )
-        eps = RESOLUTION * float(jnp.finfo(step.probe.dtype).eps)
+        rounding = RESOLUTION * float(jnp.finfo(step.probe.dtype).eps)
+        noise = jnp.maximum(rounding, state.loss_noise)
         largest = jnp.maximum(jnp.abs(descent), jnp.abs(won))
         return Measured(
             slope=step.slope + each * step.rates if looks_back else step.slope,
             curvature=each,
             same=same,
             look=whole,
-            resolved=largest > eps * jnp.abs(evidence.value).astype(jnp.float32),
+            resolved=largest > noise * jnp.abs(evidence.value).astype(jnp.float32),
             is_split=is_split & jnp.isfinite(step.probe),
             rise=-won,
         )

@@ -20,9 +20,12 @@ from hidlr_optax._step_loss import Evidence, StepLoss
 
 _CHECKS = 3  # refreshes at which value and gradient are compared; at one, some agree by chance
 _VALUE_PART = 1e-4  # of the loss: a difference that is no rounding
+_VALUE_NOISE = 4.0  # times the noise of the loss: likewise
+_VALUE_FIRST = 3e-3  # of the loss: likewise, while the noise is not known
 _VALUE_FLOOR = 1e-7  # of one: a loss whose terms cancel is all rounding
 _SLOPE_RATIO = 2.0  # between the slope that is given and the one that is measured
 _SLOPE_PART = 1e-3  # of ‖g‖‖u‖: slopes below it are rounding
+_NEAR = 1 / 64  # of the coming step: as far as the loss is followed to tell its noise
 _STEP_RATIO = 2.0  # between the step that was returned and the one that was taken
 _STEP_PART = 1e-5  # of ‖w‖‖u‖: a difference of ⟨w, u⟩ below it is rounding
 
@@ -95,7 +98,8 @@ def _checked(state: Packed, evidence: Evidence) -> tuple[Packed, Evidence]:
 
     Where the value differs, that refresh and all later ones evaluate the loss in its place. A
     gradient that is off by a factor (of a scaled loss, of a sum in place of a mean) has its slopes
-    multiplied by it from then on.
+    multiplied by it from then on. The noise of the loss is measured at the second and the third,
+    since the rates of the first are only given.
 
     Returns:
       The state with what was found counted, and the evidence that may be used.
@@ -105,61 +109,85 @@ def _checked(state: Packed, evidence: Evidence) -> tuple[Packed, Evidence]:
         return state, evidence
     wrong_before = state.value_mismatches > 0
     looks = (state.refreshes < _CHECKS) | wrong_before
+    rates = state.group_learning_rates
+    rates = jnp.where(jnp.all(rates > 0), rates, jnp.ones_like(rates))
+    first = state.refreshes == 0
 
     def look() -> tuple[Any, ...]:
-        loss, slope = _at_start(evidence.coming, with_slope)
+        loss, slope, noise = _at_start(evidence.coming, rates, with_slope)
+        counts = jnp.isfinite(noise) & ~first & (state.refreshes < _CHECKS)
+        noise = jnp.where(counts, noise, 0)
+        noise = jnp.maximum(noise, state.loss_noise)
         used, wrong_value = value, jnp.zeros((), bool)
         if value is not None:
             loss = loss.astype(value.dtype)
-            wrong_value = _differ(value, loss)
-            used = jnp.where(wrong_value | wrong_before, loss, value)
+            rounding = jnp.where(first, _VALUE_FIRST, _VALUE_NOISE * noise)
+            wrong_value = _differ(value, loss, jnp.maximum(_VALUE_PART, rounding))
+            differs = _differ(value, loss, jnp.float32(_VALUE_PART))
+            used = jnp.where(differs | wrong_before, loss, value)
         factor, wrong_slope = state.gradient_factor, jnp.zeros((), bool)
         if slope is not None:
-            factor, wrong_slope = _factor(evidence, slope, factor)
-        return used, wrong_value.astype(jnp.int32), factor, wrong_slope.astype(jnp.int32)
+            factor, wrong_slope = _factor(evidence, rates, slope, factor)
+        wrong = wrong_value.astype(jnp.int32), wrong_slope.astype(jnp.int32)
+        return used, *wrong, factor, noise
 
     nothing = jnp.zeros((), jnp.int32)
-    used, wrong_value, factor, wrong_slope = where_due(
-        looks, look, (value, nothing, state.gradient_factor, nothing)
-    )
+    kept = value, nothing, nothing, state.gradient_factor, state.loss_noise
+    used, wrong_value, wrong_slope, factor, noise = where_due(looks, look, kept)
     state = state._replace(
         value_mismatches=state.value_mismatches + wrong_value,
         gradient_mismatches=state.gradient_mismatches + wrong_slope,
         gradient_factor=factor,
+        loss_noise=noise,
     )
     return state, evidence._replace(value=used, factor=factor)
 
 
-def _at_start(coming: StepLoss, with_slope: bool) -> tuple[jax.Array, jax.Array | None]:
-    """The loss at the parameters, and its slope along u, all groups alike; None without it.
+def _at_start(
+    coming: StepLoss, rates: jax.Array, with_slope: bool
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """The loss at the parameters, its slope along the step of these rates, and its noise.
 
-    In forward mode, which `pmap` does not turn into the slope of one device alone. A loss may lack
-    it (callbacks, some kernels); then there is nothing to compare with.
+    The slope in forward mode, which `pmap` does not turn into that of one device alone. A loss may
+    lack it (callbacks, some kernels); then it is None, and no noise is known.
+
+    The noise is what a small part of the step changes the loss by beyond its slopes at both ends (a
+    trapezoid, exact to the third order): of float32, rounding; of arithmetic in bfloat16, thousands
+    of times that, though the loss may be a float32. Relative to the loss, or to what the step is to
+    win if that is more.
     """
-    if with_slope:
-        rates = jnp.zeros(len(coming), jnp.float32)
-        try:
-            loss, tangent = jax.jvp(coming, (rates,), (jnp.ones_like(rates),))
-        except Exception:  # whatever the loss raises where it has no forward mode
-            return coming.start(), None
-        return loss, -tangent.astype(jnp.float32)
-    return coming.start(), None
+    if not with_slope:
+        return coming.start(), None, jnp.zeros((), jnp.float32)
+
+    def at(part: jax.Array) -> tuple[jax.Array, jax.Array]:
+        loss, tangent = jax.jvp(coming, (part * rates,), (rates,))
+        return loss.astype(wide(loss.dtype)), -tangent.astype(jnp.float32)
+
+    try:
+        losses, slopes = jax.lax.map(at, jnp.array([0, _NEAR], jnp.float32))
+    except Exception:  # whatever the loss raises where it has no forward mode
+        return coming.start(), None, jnp.zeros((), jnp.float32)
+    fall = (losses[0] - losses[1]).astype(jnp.float32)
+    size = jnp.maximum(jnp.abs(losses[0]).astype(jnp.float32), jnp.abs(slopes[0]))
+    noise = jnp.abs(fall - _NEAR * jnp.mean(slopes)) / jnp.where(size > 0, size, 1)
+    return losses[0], slopes[0], noise
 
 
-def _differ(value: jax.Array, loss: jax.Array) -> jax.Array:
-    """Whether two losses differ by more than rounding; no verdict where one is not finite."""
+def _differ(value: jax.Array, loss: jax.Array, part: jax.Array) -> jax.Array:
+    """Whether two losses differ by more than this part; no verdict where one is not finite."""
     size = jnp.maximum(jnp.abs(value), jnp.abs(loss))
-    apart = jnp.abs(value - loss) > _VALUE_PART * size + _VALUE_FLOOR
+    apart = jnp.abs(value - loss) > part.astype(size.dtype) * size + _VALUE_FLOOR
     return apart & jnp.isfinite(value) & jnp.isfinite(loss)
 
 
 def _factor(
-    evidence: Evidence, measured: jax.Array, before: jax.Array
+    evidence: Evidence, rates: jax.Array, measured: jax.Array, before: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Factor for slopes by the gradient, and whether it is not one."""
-    whole = evidence.products.whole()
-    given = -whole.down
-    rounding = _SLOPE_PART * jnp.sqrt(whole.gradient) * jnp.sqrt(whole.direction)
+    """Factor for slopes by the gradient along the step of these rates; whether it is not one."""
+    products = evidence.products
+    given = -rates @ products.down.astype(jnp.float32)
+    length = jnp.sqrt(rates**2 @ products.direction.astype(jnp.float32))
+    rounding = _SLOPE_PART * jnp.sqrt(products.whole().gradient) * length
     # Of the larger one: a gradient that is far too small has small norms, too.
     known = jnp.maximum(jnp.abs(given), jnp.abs(measured)) > rounding
     known &= jnp.isfinite(given) & jnp.isfinite(measured)

@@ -36,6 +36,7 @@ _TOTALS = (
     "value_mismatches",
     "gradient_mismatches",
     "step_mismatches",
+    "loss_noise",
 )
 
 
@@ -94,7 +95,9 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
       what should stay at 0: `value_mismatches` and `gradient_mismatches`, at how many refreshes
       `value` and `grad` were found not to be those of the probed loss; `step_mismatches`, at how
       many the parameters had not moved by the step that `hidlr` returned; and `ascents`, at how
-      many no group's step went downhill: a few are noise. `explain` says what to do about them.
+      many no group's step went downhill: a few are noise. `loss_noise` is the part of the loss that
+      is rounding: 1e-6 or less in float32, 1e-4 to 1e-2 where its arithmetic is in bfloat16.
+      `explain` says what to do about all of these.
 
     Raises:
       ValueError: there is no `HiDLRState` in the state, or more than one.
