@@ -95,7 +95,7 @@ def runs(name: str, optimizer: str) -> Any:
     stacked = {name: jnp.array([lane[name] for lane in lanes]) for name in lanes[0]}
 
     def run(values: dict[str, jax.Array], key: jax.Array) -> Any:
-        solver = _hold.Hold(values["goal"], values["preconditioned_goal"], 4, 3.0)  # pyright: ignore[reportArgumentType]
+        solver = _hold.Hold(values["goal"], values["preconditioned_goal"], 4, 3.0, jnp.inf)  # pyright: ignore[reportArgumentType]
         with given(values):
             rule = hd.hidlr(
                 workload.loss,

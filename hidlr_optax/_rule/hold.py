@@ -583,12 +583,14 @@ class Hold:
       preconditioned_goal: of the ratio, for all other directions.
       split_interval: refreshes from one measurement of the single groups to the next.
       max_split: how far a group's rate may move away from the joint one.
+      widen_after: half the intervals after which they become longer.
     """
 
     goal: float
     preconditioned_goal: float
     split_interval: int
     max_split: float
+    widen_after: float
 
     def change(
         self,
@@ -623,6 +625,7 @@ def hold(
     preconditioned_goal: float = 1.3,
     split_interval: int = 4,
     max_split: float = 3.0,
+    widen_after: float = 50,
 ) -> Hold:
     """Find the peak of the rates in the first steps, then hold it: the default.
 
@@ -639,6 +642,10 @@ def hold(
       preconditioned_goal: of q for all others, > 0; lowered further by noise.
       split_interval: refreshes from one measurement of the single groups to the next, ≥ 1.
       max_split: the largest factor between a group's rate and the joint one, ≥ 1. 1: one rate.
+      widen_after: a whole number N ≥ 1. After 2N intervals of `update_interval` > 1 the next N are
+        twice as long, after 4N four times, and so on, since the rates move ever less: a refresh of
+        every ten steps costs a run of 100,000 a twentieth of what it does at first. `math.inf`:
+        never.
 
     Returns:
       A solver, for `hidlr(..., solver=...)`.
@@ -649,7 +656,7 @@ def hold(
     Example:
       >>> import hidlr_optax as hd
       >>> hd.hold(max_split=1.0)
-      Hold(goal=2.0, preconditioned_goal=1.3, split_interval=4, max_split=1.0)
+      Hold(goal=2.0, preconditioned_goal=1.3, split_interval=4, max_split=1.0, widen_after=50)
     """
     for name, value in (("goal", goal), ("preconditioned_goal", preconditioned_goal)):
         if not 0 < value < math.inf:
@@ -658,4 +665,6 @@ def hold(
         raise ValueError(f"split_interval must be a whole number >= 1, got {split_interval}")
     if not 1 <= max_split < math.inf:
         raise ValueError(f"max_split must be finite and >= 1, got {max_split}")
-    return Hold(goal, preconditioned_goal, split_interval, max_split)
+    if widen_after != math.inf and not (widen_after >= 1 and widen_after == int(widen_after)):
+        raise ValueError(f"widen_after must be a whole number >= 1 or inf, got {widen_after}")
+    return Hold(goal, preconditioned_goal, split_interval, max_split, widen_after)

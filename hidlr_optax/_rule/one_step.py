@@ -65,6 +65,8 @@ class OneStepRule:
         is_off = not isinstance(max_rise, jax.Array) and math.isinf(max_rise)
         return OneStepRule(solver, estimator, source, ema_decay, None if is_off else max_rise)
 
+    widen_after = math.inf  # a rule that forgets needs every refresh
+
     @property
     def couples(self) -> bool:
         """Whether the state keeps the curvature between groups."""

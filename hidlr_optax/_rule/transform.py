@@ -93,7 +93,9 @@ def hidlr(
         factor of ten of where that is one hundredth. With `warmup=0`, or without `grad`, the rates
         begin as they are given; with `warmup=0`, those of Adam and Lion only fall from there. None:
         all alike, and found.
-      update_interval: Φ ≥ 1, steps from refresh to refresh.
+      update_interval: Φ ≥ 1, steps from refresh to refresh. Of more than one, `hold` takes it as
+        that of the first hundred refreshes, and doubles it whenever the run has become twice as
+        long: see its `widen_after`.
       schedule: step -> factor, 1 at its peak; multiplies all rates. `hold` knows it and does not
         undo it; put no other scaling after `hidlr`.
       curvature: the estimator, from `secant`, `parabola`, `probes`, `hessian` or `gauss_newton`, or
@@ -202,7 +204,7 @@ def hidlr(
             factor=state.gradient_factor,
             compares_slope=source.uses_gradient and has_forward_mode,
         )
-        now = clock(state.count, update_interval, warmup, schedule, refresh)
+        now = clock(state.count, update_interval, warmup, schedule, refresh, rule.widen_after)
         # The stored direction stays out of the branches: it is replaced below at every step, and
         # a copy as large as the parameters need not be carried through them.
         new, factor = rule.update(pack(state._replace(direction=()), groups), evidence, now)
