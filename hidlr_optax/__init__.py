@@ -6,7 +6,7 @@ from hidlr_optax._quadratic import Kept, Quadratic
 from hidlr_optax._rule.aliases import hiulr, multi_steps, paper_hidlr
 from hidlr_optax._rule.hold import hold
 from hidlr_optax._rule.transform import hidlr
-from hidlr_optax._state import HiDLRState
+from hidlr_optax._state import HiDLRState, is_due
 from hidlr_optax._suggest import Suggestion, suggest
 from hidlr_optax._take_step import take_step
 from hidlr_optax.curvature import gauss_newton, hessian, parabola, probes, secant
@@ -36,6 +36,7 @@ __all__ = [
     "hiulr",
     "hold",
     "influence",
+    "is_due",
     "label_by_depth",
     "label_by_path",
     "label_by_role",

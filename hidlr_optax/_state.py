@@ -190,8 +190,8 @@ class Clock(NamedTuple):
     factor: jax.Array
 
 
-def widened(count: jax.Array, interval: jax.Array, warmup: jax.Array, after: float) -> jax.Array:
-    """The interval at this update: () int32, as it is given or a power of two times that.
+def widened(count: Any, interval: Any, warmup: Any, after: float) -> Any:
+    """The interval at this update, () int32: as it is given, or a power of two times that.
 
     From twice `after` intervals on, it is doubled whenever the run has become twice as long. Each
     due update of a wider interval is one of the narrower, too, and no state is needed. An interval
@@ -202,6 +202,35 @@ def widened(count: jax.Array, interval: jax.Array, warmup: jax.Array, after: flo
     passed = jnp.maximum(count - warmup, 0) // interval
     doublings = 31 - jax.lax.clz(jnp.maximum(passed // int(after), 1))
     return jnp.where(interval > 1, interval << doublings, interval)
+
+
+def is_due(step: int, update_interval: int = 10, warmup: int = 20, widen_after: float = 50) -> bool:
+    """Whether `hidlr` with these arguments may have a refresh at a step, for the loop around it.
+
+    For `refresh=is_due(step)` as a static argument of the jitted step, which makes two programs of
+    it, one without a branch. The arguments are those of `hidlr` and `hold`, with their defaults.
+
+    Args:
+      step: updates before this one, a Python number: 0 at the first.
+      update_interval: Φ.
+      warmup: first steps, with a refresh at each.
+      widen_after: intervals after which they become longer; `math.inf` for other solvers.
+
+    Returns:
+      A Python bool.
+
+    Example:
+      >>> import hidlr_optax as hd
+      >>> [step for step in range(60) if hd.is_due(step, warmup=3)]
+      [0, 1, 2, 10, 20, 30, 40, 50]
+      >>> sum(map(hd.is_due, range(100_000)))
+      448
+    """
+    doublings = 0
+    if update_interval > 1 and widen_after != math.inf:
+        passed = max(step - warmup, 0) // update_interval
+        doublings = max(passed // int(widen_after), 1).bit_length() - 1
+    return step < warmup or step % (update_interval << doublings) == 0
 
 
 def clock(

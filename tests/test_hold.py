@@ -965,6 +965,8 @@ def test_the_interval_doubles_whenever_the_run_has_become_twice_as_long():
         factor = 2 ** int(np.log2(intervals // 4))
         expected += [step] if step % (5 * factor) == 0 else []
     assert _refreshed_at(200, **settings) == expected
+    due = functools.partial(hd.is_due, update_interval=5, warmup=3, widen_after=4)
+    assert [step for step in range(200) if due(step)] == expected
     gaps = np.diff(expected)
     assert set(gaps[3:]) == {5, 10, 20}
 
@@ -982,10 +984,14 @@ def test_an_interval_that_stays_as_it_was_given(settings):
     interval = settings["update_interval"]
     refreshed = _refreshed_at(150, warmup=0, **settings)
     assert refreshed == list(range(0, 150, interval))
+    widen_after = getattr(settings["solver"], "widen_after", math.inf)
+    due = functools.partial(hd.is_due, warmup=0, widen_after=widen_after)
+    assert [step for step in range(150) if due(step, interval)] == refreshed
 
 
 def test_by_default_the_first_hundred_intervals_are_as_given():
     refreshed = _refreshed_at(400, update_interval=2)
+    assert refreshed == [step for step in range(400) if hd.is_due(step, 2)]
     late = [step for step in refreshed if step > 20]
     assert late[:99] == list(range(22, 220, 2))
     assert set(np.diff(late)) == {2, 4}
