@@ -24,11 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import targets
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from rivals import OTHERS, gen_hidlr, keeping_average
 from store import Job, Store, identity, shard
 from tables import finite_mean
+from training import SCHEDULES
 from workloads import WORKLOADS, Workload, plain, train
 
 import hidlr_optax as hd
@@ -37,7 +39,8 @@ TOYS = ("ellipse", "Beale + Rosenbrock")
 INTERVALS = (1, 4, 10, 20)
 SCALES = (0.01, 1.0, 100.0)  # how far off the initial rate is
 SEEDS = range(3)
-CHECKS = 10  # how often a run is evaluated
+CHECKS = 20  # how often a run is evaluated
+REFERENCE = ("constant", "cosine")  # the schedules that "tuned" is chosen from
 
 FIELDS = ("method", "workload", "optimizer", "schedule", "grouping", "interval", "scale")
 BASELINES, LONG_BASELINES = "robustness-baselines.jsonl.gz", "robustness-long-baselines.jsonl.gz"
@@ -105,7 +108,7 @@ def decay(name: str | None, steps: int) -> optax.Schedule | None:
         return optax.join_schedules([cycle, cycle], [steps // 2])
     if name == "linear":
         return optax.linear_schedule(1.0, 0.0, steps)
-    return optax.cosine_decay_schedule(1.0, steps) if name == "cosine" else None
+    return None if name in (None, "constant") else SCHEDULES[name](steps)
 
 
 Factory = Callable[..., Any]  # (workload, labels, rate, interval, schedule) -> transformation
@@ -282,8 +285,10 @@ def jobs(suite: str) -> Iterator[Job]:
         chosen = [case for case in chosen if case.workload in names][::3]
         rules = {name: RULES[name] for name in ("hidlr", "Algorithm 1, smoothed")}
     for name in names:
-        for optimizer, schedule in itertools.product(OPTIMIZERS, ("constant", "cosine")):
+        for optimizer, schedule in itertools.product(OPTIMIZERS, REFERENCE):
             yield grid_job(name, optimizer, schedule, steps)
+        for schedule in ("linear", "warm-up"):
+            yield grid_job(name, "AdamW", schedule, steps)
         for case in chosen:
             if case.workload == name:
                 for method, rule in rules.items():
@@ -303,7 +308,7 @@ def long_jobs() -> Iterator[Job]:
         case = Case(name, optimizer, 0, 10, 1.0)
         for method in ("hidlr, cosine", "hidlr", "Hi-ULR, cosine", "Hi-ULR"):
             yield case_job(method, RULES[method], case, LONG_STEPS)
-        for schedule in ("cosine", "constant"):
+        for schedule in REFERENCE:
             yield grid_job(name, optimizer, schedule, LONG_STEPS)
 
 
@@ -335,7 +340,7 @@ def best_of_grid(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, 
     """
     settings: Any = collections.defaultdict(lambda: collections.defaultdict(list))
     for row in rows:
-        if row["method"] == "grid":
+        if row["method"] == "grid" and row["schedule"] in REFERENCE:
             place = row["workload"], row["optimizer"]
             settings[place][row["rate"], row["schedule"]].append(row)
     best = {}
@@ -532,7 +537,12 @@ def report(rows: list[dict[str, Any]], figure: Path | None, details: bool) -> No
     adamw = on(found, lambda case: case[1] in (None, "AdamW"))
     adamw = {name: adamw[name] for name in (*rules, *OTHERS) if name in adamw}
     print("\nAdamW as the direction, beside what needs no learning rate:\n")
-    print(table(adamw, [row for row in real if row.get("optimizer", "AdamW") == "AdamW"]))
+    adamw_rows = [row for row in real if row.get("optimizer", "AdamW") == "AdamW"]
+    print(table(adamw, adamw_rows))
+    met = targets.runs(adamw_rows, (*RULES, *OTHERS))
+    if met[0]:
+        print("\nThe part of a run, in percent, after which AdamW's direction meets a target:\n")
+        print(targets.table(*met))
     ablated = {x.case for name in ABLATIONS for x in found.get(name, [])}
     if ablated:
         whole = ("hidlr", "hidlr, cosine")
@@ -546,6 +556,9 @@ def report(rows: list[dict[str, Any]], figure: Path | None, details: bool) -> No
         profile({f"all {len(rules['hidlr'])} cases": rules, "AdamW alone": adamw}).savefig(
             figure, dpi=150
         )
+        if met[0]:
+            shares = targets.profile(targets.parts(*met))
+            targets.draw(shares, figure.with_stem(f"{figure.stem}-targets"))
 
 
 def main() -> None:

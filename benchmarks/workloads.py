@@ -111,7 +111,7 @@ def train(
         better |= same & (now[0]["validation"] < best[0]["validation"])
         better &= jnp.isfinite(now[0]["validation"])
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), now, best)
-        return ((params, state), best, count), losses.mean()
+        return ((params, state), best, count), (losses.mean(), now[0]["validation"])
 
     state = tx.init(params)
     nothing = {"validation": jnp.float32(jnp.inf)}
@@ -120,12 +120,14 @@ def train(
     zero = jnp.zeros((), jnp.int32)
     start = (params, state), (nothing, zero, params), zero
     keys = jax.random.split(batch_key, workload.steps).reshape(checks, -1)
-    ((params, state), (validated, best_step, kept), _), losses = jax.lax.scan(part, start, keys)
+    end, (losses, curve) = jax.lax.scan(part, start, keys)
+    (params, state), (validated, best_step, kept), _ = end
     seen = evaluated(state, params)
     found = {k: v for split in ends for k, v in measured(seen, split).items()}
     found |= {f"best {k}": v for k, v in (validated | measured(kept, "test")).items()}
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)]))
-    return found | {"best step": best_step, "batch loss": losses[-1], "finite": finite}, state
+    found |= {"best step": best_step, "batch loss": losses[-1], "finite": finite}
+    return found | {"curve": curve}, state
 
 
 def _quality(found: dict[str, jax.Array]) -> jax.Array:
@@ -134,8 +136,12 @@ def _quality(found: dict[str, jax.Array]) -> jax.Array:
 
 
 def plain(found: dict[str, jax.Array]) -> dict[str, Any]:
-    """As Python numbers."""
-    return {name: x.item() for name, x in found.items()}
+    """As Python numbers, and lists of numbers of four digits."""
+
+    def told(x: Any) -> Any:
+        return [float(f"{y:.4g}") for y in np.asarray(x)] if x.ndim else x.item()
+
+    return {name: told(x) for name, x in found.items()}
 
 
 def standardised(x: np.ndarray) -> np.ndarray:
