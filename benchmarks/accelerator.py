@@ -159,6 +159,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--rows", type=int, nargs="*", help="of the table, these alone; 1 is first")
     parser.add_argument("--quick", action="store_true", help="one small layer, K = 1")
     args = parser.parse_args()
     config = gpt.Config(256, 512, 768, 12, 12)
@@ -166,6 +167,8 @@ def main() -> None:
     if args.quick:
         config, size, repeats = gpt.Config(256, 32, 64, 1, 2), 4, 1
         settings = settings[:2]
+    if args.rows:
+        settings = [settings[row - 1] for row in args.rows]
     machine = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "dtype": args.dtype}
 
     def save(rows: list[dict[str, Any]]) -> None:
