@@ -11,6 +11,7 @@ every Φ-th. The paper's estimate is a relative speed of 1/(1 + 4K/3Φ).
 
 import argparse
 import json
+import math
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,7 @@ import hidlr_optax as hd
 
 GROUPS, INTERVALS = (1, 3, 10, 40), (1, 4, 10, 40)
 STEPS = 1000  # of a run
+LENGTHS = (1000, 10_000, 100_000)  # of runs, for what the default adds to their FLOPs
 CHECKS = 3  # refreshes at which `hidlr` compares value and gradient
 SPLIT = 4  # `hold` measures the single groups at every fourth refresh
 
@@ -124,9 +126,11 @@ RULES: dict[str, Callable[[Problem, Any], Any]] = {
 }
 
 
-def refreshes(interval: int) -> int:
-    """Of a run."""
-    return FINDING + sum(step % interval == 0 for step in range(FINDING, STEPS))
+def refreshes(interval: int, rule: str = "hidlr", steps: int = STEPS) -> int:
+    """Of a run; the interval of `hold` widens."""
+    is_hold = rule in ("hidlr", "parabola", "hessian", "Gauss-Newton")
+    settings = {} if is_hold else {"widen_after": math.inf}
+    return sum(hd.is_due(step, interval, FINDING, **settings) for step in range(steps))
 
 
 def measure(
@@ -137,7 +141,7 @@ def measure(
     with_refresh, without = program(tx, problem), program(tx, problem, refresh=False)
     times = [beside(base, p, problem, repeats, cycle) for p in (with_refresh, without)]
     slow, fast = (1 / time.relative_speed for time in times)
-    shares = {interval: refreshes(interval) / STEPS for interval in INTERVALS}
+    shares = {interval: refreshes(interval, name) / STEPS for interval in INTERVALS}
     return {
         "rule": name,
         "groups": groups,
@@ -160,24 +164,43 @@ def flops(fn: Any, *args: Any) -> float:
     return analysis["flops"]
 
 
-def default_flops(groups: int, interval: int, problem: Problem, base: Any) -> float:
-    """What the default adds to the FLOPs of a run of AdamW, as a part of these.
+def default_flops(groups: int, problem: Problem, base: Any) -> dict[tuple[int, int], float]:
+    """What the default adds to the FLOPs of AdamW, as a part of these: (Φ, steps of a run) -> it.
 
     The forward passes and gradients of its looks, the inner products of every refresh and the one
-    of every step, and the three comparisons of value and gradient. The looks ahead that the guard
-    calls for come on top; there is none in a run whose loss does not jump.
+    of every step, and the three comparisons of value, gradient and noise, by two tangents each. The
+    looks ahead that the guard calls for come on top; there is none where the loss does not jump.
     """
     params, batch = problem.params, problem.batch(0)
     forward, gradient = (flops(fn, params, batch) for fn in (problem.loss, jax.grad(problem.loss)))
     tangent = flops(lambda p, b: jax.jvp(lambda q: problem.loss(q, b), (p,), (p,)), params, batch)
     product = 2 * sum(map(np.size, jax.tree.leaves(params)))
-    count = refreshes(interval)
-    splits = -(-count // SPLIT) if groups > 1 else 0
-    # Per refresh: two slopes, one of them twice, the six products of `preconditioned`, the length
-    # of the parameters, whether updates are finite, and whether they are zero.
-    looks = (count + FINDING) * forward + splits * gradient + 12 * count * product
     whole = base.step.cost_analysis()["flops"]
-    return (looks + CHECKS * tangent + STEPS * product) / (STEPS * whole)
+
+    def added(interval: int, steps: int) -> float:
+        count = refreshes(interval, steps=steps)
+        splits = -(-count // SPLIT) if groups > 1 else 0
+        # Per refresh: two slopes, one of them twice, the six products of `preconditioned`, the
+        # length of the parameters, whether updates are finite, and whether they are zero.
+        looks = (count + FINDING) * forward + splits * gradient + 12 * count * product
+        return (looks + 2 * CHECKS * tangent + steps * product) / (steps * whole)
+
+    settings = [(interval, steps) for interval in INTERVALS for steps in LENGTHS]
+    return {setting: added(*setting) for setting in settings}
+
+
+def flops_table(counts: dict[str, dict[int, dict[tuple[int, int], float]]]) -> str:
+    """Markdown: one rate / any K beyond."""
+    lines = [
+        [problem, f"{steps:,}"]
+        + [
+            " / ".join(f"{100 * of_k[interval, steps]:.1f} %" for of_k in found.values())
+            for interval in INTERVALS
+        ]
+        for problem, found in counts.items()
+        for steps in LENGTHS
+    ]
+    return markdown(["problem", "steps", *(f"Φ = {n}" for n in INTERVALS)], lines)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -217,22 +240,21 @@ def main() -> None:
     if args.quick:
         args.problems, args.rules, args.groups, args.repeats = ["CNN"], ["hidlr"], [3], 1
     rows: list[dict[str, Any]] = []
-    counts: dict[str, Any] = {}
+    counts: dict[str, dict[int, dict[tuple[int, int], float]]] = {}
     device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
     machine = device | {"platform": platform.machine()}
     for name in args.problems:
         problem = PROBLEMS[name]()
         base = program(bare(), problem)
-        counts[name] = {k: default_flops(k, 10, problem, base) for k in (1, 2)}
-        print(f"{name}: the default adds {100 * counts[name][1]:.1f} % to the FLOPs of a run with")
-        print(f"Φ = 10 for one rate, {100 * counts[name][2]:.1f} % for any K > 1")
+        counts[name] = {k: default_flops(k, problem, base) for k in (1, 2)}
         settings = [(rule, k) for k in args.groups for rule in args.rules]
         for rule, k in tqdm(settings, name, disable=None):
             row = measure(rule, k, problem, base, args.repeats, args.cycle)
             rows.append({"problem": name} | row)
-            found = {"machine": machine, "rows": rows, "default_flops": counts}
+            found = {"machine": machine, "rows": rows}
             args.out.write_text(json.dumps(found, indent=1))
-    print(table(rows))
+    print("What the default adds to the FLOPs of a run, one rate / any K beyond:\n")
+    print(flops_table(counts), table(rows), sep="\n\n")
 
 
 if __name__ == "__main__":
