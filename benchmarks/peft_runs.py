@@ -54,6 +54,12 @@ def squared_by_group(params: Any, tree: Any) -> dict[str, jax.Array]:
     return sums
 
 
+def pairs(params: Any) -> dict[str, tuple[str, str]]:
+    """LoRA's two matrices, where there are any: alone, the first has no slope at first."""
+    pair = "lora_A", "lora_B"
+    return {"lora": pair} if set(pair) <= set(jax.tree.leaves(LABELS(params))) else {}
+
+
 def measure(task: Task, seed: int, steps: int, whole: int) -> dict[str, Any]:
     """Trains all groups and watches: influence, gradients, Fisher information.
 
@@ -70,7 +76,7 @@ def measure(task: Task, seed: int, steps: int, whole: int) -> dict[str, Any]:
     """
     graph, params = pretrained(task, seed)
     tx = optax.chain(base_optimizer(), rule(LABELS, whole))
-    state, running = tx.init(params), hd.influence.start(LABELS, params)
+    state, running = tx.init(params), hd.influence.start(LABELS, params, joint=pairs(params))
 
     def loss_of(params: Any, batch: Any) -> jax.Array:
         return task.loss_fn(nnx.merge(graph, params), batch)

@@ -569,13 +569,19 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--shard", type=shard, default=slice(None), help="i/n: of n parts the i-th")
     parser.add_argument("--methods", nargs="*", help="run these alone; 'grid' is one of them")
+    parser.add_argument(
+        "--optimizers", nargs="*", choices=OPTIMIZERS, help="these directions alone"
+    )
     parser.add_argument("--report", action="store_true", help="run nothing, only report")
     parser.add_argument("--details", action="store_true", help="report every case")
     args = parser.parse_args()
     store = Store(args.out, FIELDS, LONG_BASELINES if args.suite == "long" else BASELINES)
     if not args.report:
+        asked = {"method": args.methods, "optimizer": args.optimizers and [*args.optimizers, None]}
         chosen = [
-            j for j in jobs(args.suite) if not args.methods or j.key["method"] in args.methods
+            job
+            for job in jobs(args.suite)
+            if all(not names or job.key.get(field) in names for field, names in asked.items())
         ]
         store.run(chosen[args.shard], range(1) if args.suite == "smoke" else SEEDS)
     if args.report or args.shard == slice(None):

@@ -356,6 +356,115 @@ def test_errors_say_what_to_do():
         Influence({"a": GroupInfluence(1, 1)}, 1).differs("a", "z")
 
 
+# --- sets of groups -----------------------------------------------------------------------------
+
+
+def _measured_once(loss_fn, params, labels, joint, **kwargs):
+    """The state after one refresh along the coming step, and the report of it."""
+    settings = {"init_learning_rate": {"a": 0.1, "b": 0.3, "c": 0.2}, "slope": "gradient"}
+    tx = hd.hidlr(loss_fn, labels, **settings | kwargs)
+    grad = jax.grad(loss_fn)(params, None)
+    direction = jax.tree.map(jnp.negative, grad)
+    _, state = jax.jit(tx.update)(direction, tx.init(params), params, grad=grad)
+    running = hd.influence.start(labels, params, joint)
+    return direction, state, hd.influence.summarise(hd.influence.accumulate(running, state))
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"warmup": 1}, {"solver": hd.coupled(), "curvature": hd.hessian()}],
+    ids=["rows", "coupling"],
+)
+def test_a_set_is_measured_as_one_group_that_moves_by_its_steps(kwargs):
+    """Against the Hessian: (bᵀη)²/ηᵀAη of the members, what others do to them with the rows."""
+    root = np.random.default_rng(3).normal(size=(6, 6))
+    hessian = jnp.asarray(root @ root.T / 6 + np.eye(6), jnp.float32)
+
+    def loss_fn(params, batch):
+        w = jnp.concatenate([params["a"], params["b"], params["c"]])
+        return w @ hessian @ w / 2 + jnp.sum(w)
+
+    params = {name: jnp.full(2, 0.5 + n) for n, name in enumerate("abc")}
+    labels, joint = {name: name for name in "abc"}, {"pair": ("a", "c")}
+    u, state, found = _measured_once(loss_fn, params, labels, joint, **kwargs)
+    rates = {name: float(rate) for name, rate in state.group_learning_rates.items()}
+    steps = {name: rates[name] * np.asarray(u[name], float) for name in "abc"}
+    zero = dict.fromkeys("abc", np.zeros(2))
+    pair = np.concatenate([(steps if name in joint["pair"] else zero)[name] for name in "abc"])
+    whole = np.concatenate([steps[name] for name in "abc"])
+    gradient = np.concatenate([-np.asarray(u[name], float) for name in "abc"])
+    other = pair if "solver" in kwargs else whole
+    curvature = pair @ np.asarray(hessian, float) @ other
+    np.testing.assert_allclose(found.joint["pair"].total, (pair @ gradient) ** 2 / curvature, 1e-3)
+    assert found.joint["pair"].size == 4
+    assert found.joint["pair"].marginal is None
+    assert set(found.groups) == set("abc")
+    assert "pair" in str(found)
+
+
+def test_a_pair_is_seen_where_one_of_it_has_no_slope_alone():
+    """LoRA: nothing can be said of A while B is zero."""
+    x = jax.random.normal(jax.random.key(0), (32, 4))
+
+    def loss_fn(params, batch):
+        out = x @ params["a"] @ params["b"]
+        return jnp.mean((out - x) ** 2) + jnp.mean((params["c"] - 1) ** 2)
+
+    keys = jax.random.split(jax.random.key(1))
+    params = {
+        "a": jax.random.normal(keys[0], (4, 2)),
+        "b": jnp.zeros((2, 4)),
+        "c": jax.random.normal(keys[1], (4,)),
+    }
+    labels = {name: name for name in "abc"}
+    *_, found = _measured_once(loss_fn, params, labels, {"lora": ("a", "b")}, warmup=1)
+    assert found.groups["a"].total is None
+    assert found.joint["lora"].total > 0
+    assert found.joint["lora"].per_parameter == found.joint["lora"].total / 16
+
+
+def test_a_set_is_counted_refresh_by_refresh_as_its_groups_are():
+    step, (params, state, _) = _training()
+    step = jax.jit(step)
+    labels = sorted(set(jax.tree.leaves(_LABELS)))
+    joint = {"all": labels, "first two": labels[:2]}
+    running = hd.influence.start(_LABELS, params, joint)
+    plain = hd.influence.start(_LABELS, params)
+    totals = {name: [] for name in joint}
+    carry = params, state, plain
+    for n in range(_STEPS):
+        carry, _ = step(carry, jax.tree.map(lambda leaf, n=n: leaf[n], _batches()))
+        before, running = int(running.refreshes), hd.influence.accumulate(running, carry[1])
+        found = hd.influence.find_state(carry[1])
+        if int(found.refreshes) == before:
+            continue
+        for name, members in joint.items():
+            gain = sum(
+                float(found.group_learning_rates[k]) * float(found.measured_slope[k])
+                for k in members
+            )
+            cost = sum(
+                float(found.group_learning_rates[k]) ** 2 * float(found.measured_curvature[k])
+                for k in members
+            )
+            known = {int(found.kept[k]) for k in members} <= {Kept.UPDATED, Kept.NO_SLOPE}
+            if known and gain != 0 and cost > 0:
+                totals[name].append(gain**2 / cost)
+    found = hd.influence.summarise(running)
+    for name, values in totals.items():
+        np.testing.assert_allclose(found.joint[name].total, np.mean(values), rtol=1e-4)
+    alone = hd.influence.summarise(carry[2])
+    assert found.groups == alone.groups
+
+
+@pytest.mark.parametrize(
+    "joint", [{"all": ("all",)}, {"pair": ("all", "x")}, {"pair": "all"}, {"pair": ("all", "all")}]
+)
+def test_an_odd_set_is_refused(joint):
+    with pytest.raises(ValueError, match="joint must map a new name to two labels or more"):
+        hd.influence.start("all", {"x": jnp.ones(())}, joint)
+
+
 # --- the marginal share -------------------------------------------------------------------------
 
 

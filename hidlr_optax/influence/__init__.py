@@ -178,7 +178,7 @@ def accumulate(running: Running, opt_state: Any) -> Running:
       9.0
     """
     state = _unwrapped(find_state(opt_state))
-    names, labels = sorted(running.sizes), sorted(state.group_learning_rates)
+    names, labels = sorted(running.marginal.count), sorted(state.group_learning_rates)
     if names != labels:
         raise ValueError(
             f"start was given the labels {names}, but the state belongs to {labels}: call "
@@ -226,7 +226,8 @@ def summarise(running: Running) -> Influence:
         resolved = 2 * int(running.total.count[name]) >= refreshes
         nothing = None, None
         total, total_error = _mean_and_error(running.total, name) if resolved else nothing
-        share, share_error = _mean_and_error(running.marginal, name) if resolved else nothing
+        has_share = resolved and name not in running.members
+        share, share_error = _mean_and_error(running.marginal, name) if has_share else nothing
         return GroupInfluence(
             size=first * LIMB + second,
             refreshes=refreshes,
@@ -238,4 +239,6 @@ def summarise(running: Running) -> Influence:
             marginal_error=share_error,
         )
 
-    return Influence({name: group(name) for name in sorted(running.sizes)}, int(running.steps))
+    found = {name: group(name) for name in sorted(running.sizes)}
+    joint = {name: found.pop(name) for name in sorted(running.members)}
+    return Influence(found, int(running.steps), joint)

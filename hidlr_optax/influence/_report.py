@@ -78,6 +78,7 @@ class Influence:
     Attributes:
       groups: a `GroupInfluence` for each label.
       steps: updates of the optimizer up to the last refresh that was counted.
+      joint: likewise for each set of groups that `start` was asked to count together.
 
     Example:
       >>> from hidlr_optax.influence import GroupInfluence, Influence
@@ -95,6 +96,7 @@ class Influence:
 
     groups: dict[str, GroupInfluence]
     steps: int
+    joint: dict[str, GroupInfluence] = dataclasses.field(default_factory=dict)
 
     def ranking(self) -> list[str]:
         """Labels by influence per parameter (PPI), the highest first; without a number, last."""
@@ -131,8 +133,8 @@ class Influence:
         error = math.hypot(a.per_parameter_error, b.per_parameter_error)
         return abs(a.per_parameter - b.per_parameter) > z * error
 
-    def _row(self, label: str) -> tuple[str, ...]:
-        group = self.groups[label]
+    @staticmethod
+    def _row(label: str, group: GroupInfluence) -> tuple[str, ...]:
         counts = {"negative": group.negative, "unresolved": group.unresolved}
         without = [f"{count} {why}" for why, count in counts.items() if count]
         refreshes = f"{group.refreshes}" + (f" ({', '.join(without)})" if without else "")
@@ -158,4 +160,6 @@ class Influence:
 
     def __str__(self) -> str:
         head = ("group", "parameters", "PPI", "influence", "marginal", "refreshes")
-        return "\n".join([*aligned([head, *map(self._row, self.ranking())]), self._order()])
+        ranked = {label: self.groups[label] for label in self.ranking()} | self.joint
+        rows = [head, *(self._row(label, group) for label, group in ranked.items())]
+        return "\n".join([*aligned(rows), self._order()])

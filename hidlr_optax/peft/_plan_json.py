@@ -55,7 +55,7 @@ _PLAN = {
     "rules": _or_none(_is_rules),
     "default": _or_none(_is_text),
 }
-_INFLUENCE = {"groups": _is_object, "steps": _is_count}
+_INFLUENCE = {"groups": _is_object, "steps": _is_count, "joint": _is_object}
 _GROUP = {
     **dict.fromkeys(["size", "refreshes", "negative", "unresolved"], _is_count),
     **dict.fromkeys(["total", "total_error", "marginal", "marginal_error"], _or_none(_is_number)),
@@ -74,12 +74,17 @@ def _checked(fields: Any, checks: dict[str, _Check], what: str) -> dict[str, Any
 
 
 def _influence(fields: Any) -> Influence:
+    if isinstance(fields, dict):
+        fields = {"joint": {}} | fields  # plans of before know no sets
     found = _checked(fields, _INFLUENCE, "an influence")
-    groups = {
-        label: GroupInfluence(**_checked(group, _GROUP, f"the group {label!r}"))
-        for label, group in found["groups"].items()
-    }
-    return Influence(groups, found["steps"])
+
+    def groups(field: str) -> dict[str, GroupInfluence]:
+        return {
+            label: GroupInfluence(**_checked(group, _GROUP, f"the group {label!r}"))
+            for label, group in found[field].items()
+        }
+
+    return Influence(groups("groups"), found["steps"], groups("joint"))
 
 
 def _refuse(constant: str) -> None:
