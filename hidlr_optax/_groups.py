@@ -61,7 +61,7 @@ def _product(left: jax.Array, right: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _sums(terms: list[jax.Array]) -> jax.Array:
-    """The sum of each of some arrays of one shape, as one array.
+    """The sums of each of n arrays of one shape, over all their axes but the first: (size, n).
 
     Of several matrices, first along the rows of all of them at once: one kernel reads each leaf
     once, and there is one to compile where there would be as many as arrays. Such a sum adds term
@@ -75,10 +75,28 @@ def _sums(terms: list[jax.Array]) -> jax.Array:
             return tuple(x + y for x, y in zip(left, right, strict=True))
 
         terms = list(jax.lax.reduce(tuple(terms), zeros, add, (len(shape) - 1,)))
+    axes = tuple(range(1, terms[0].ndim))
     if terms[0].size <= _LONGEST_ROW:
-        stacked = jnp.stack(terms)
-        return jnp.sum(stacked, axis=tuple(range(1, stacked.ndim)))
-    return jnp.stack([jnp.sum(term) for term in terms])
+        return jnp.sum(jnp.stack(terms, axis=1), axis=tuple(axis + 1 for axis in axes))
+    return jnp.stack([jnp.sum(term, axis=axes) for term in terms], axis=1)
+
+
+Column = tuple[jax.Array, ...]  # the leaves of some trees at one place
+
+
+def _alike(index: Sequence[int], columns: list[Column]) -> list[list[tuple[int, Column]]]:
+    """Columns with their groups, together where they are small and alike in shape and type.
+
+    A large model has hundreds of biases and scales, and a kernel for each takes longer to compile
+    than the model. Large leaves stay alone: to stack them would be to copy them.
+    """
+    found: dict[Any, list[tuple[int, Column]]] = {}
+    for n, (k, column) in enumerate(zip(index, columns, strict=True)):
+        if all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in column):
+            is_small = column[0].size <= _LONGEST_ROW
+            key = tuple((leaf.shape, leaf.dtype) for leaf in column) if is_small else n
+            found.setdefault(key, []).append((k, column))
+    return list(found.values())
 
 
 def is_labeller(param_labels: Any) -> bool:
@@ -214,11 +232,15 @@ class Groups:
         columns = list(zip(*map(_leaves, trees), strict=True))
         doubles = any(_is_double(leaf) for column in columns for leaf in column)
         dtype = jnp.float64 if doubles else jnp.float32
-        sums = [jnp.zeros(len(pairs), dtype)] * len(self)
-        for k, column in zip(self.index, columns, strict=True):
-            if all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in column):
-                sums[k] = sums[k] + _sums([_product(column[i], column[j], dtype) for i, j in pairs])
-        return tuple(jnp.stack(sums, axis=1))
+        found, index = [jnp.zeros((0, len(pairs)), dtype)], []
+        for alike in _alike(self.index, columns):
+            stacks = list(map(jnp.stack, zip(*(column for _, column in alike), strict=True)))
+            found.append(_sums([_product(stacks[i], stacks[j], dtype) for i, j in pairs]))
+            index += [k for k, _ in alike]
+        is_member = np.array(index)[None, :, None] == np.arange(len(self))[:, None, None]
+        # No product by zero: what is not finite stays with its group.
+        by_group = jnp.sum(jnp.where(is_member, jnp.concatenate(found), 0), axis=1)
+        return tuple(by_group.T)
 
     def inner(self, left: Any, right: Any) -> jax.Array:
         """Re Σ left_k right_k, nothing conjugated, for every group: (K,), float32 or float64."""
