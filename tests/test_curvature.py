@@ -526,7 +526,7 @@ def _one_probe_finds_the_curvature(dtype, rel):
         grad, tx.init(params), params, batch=0, value=jnp.asarray(16, dtype), grad=grad
     )
     jax.effects_barrier()
-    assert loss.calls == 3 + 1  # value and gradient are compared
+    assert loss.calls == 3 + 2  # value and gradient are compared, and the loss followed
     rates = optax.tree.get(state, "group_learning_rates")
     for name, members in MEMBERS.items():
         size = sum(np.prod(SHAPES[m], dtype=int) for m in members)
