@@ -114,8 +114,9 @@ def _checked(state: Packed, evidence: Evidence) -> tuple[Packed, Evidence]:
     first = state.refreshes == 0
 
     def look() -> tuple[Any, ...]:
-        loss, slope, noise = _at_start(evidence.coming, rates, with_slope)
-        counts = jnp.isfinite(noise) & ~first & (state.refreshes < _CHECKS)
+        near = jnp.where(first, 0, jnp.float32(_NEAR))
+        loss, slope, noise = _at_start(evidence.coming, rates, near, with_slope)
+        counts = jnp.isfinite(noise) & (state.refreshes < _CHECKS)
         noise = jnp.where(counts, noise, 0)
         noise = jnp.maximum(noise, state.loss_noise)
         used, wrong_value = value, jnp.zeros((), bool)
@@ -144,17 +145,17 @@ def _checked(state: Packed, evidence: Evidence) -> tuple[Packed, Evidence]:
 
 
 def _at_start(
-    coming: StepLoss, rates: jax.Array, with_slope: bool
+    coming: StepLoss, rates: jax.Array, near: jax.Array, with_slope: bool
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """The loss at the parameters, its slope along the step of these rates, and its noise.
 
     The slope in forward mode, which `pmap` does not turn into that of one device alone. A loss may
     lack it (callbacks, some kernels); then it is None, and no noise is known.
 
-    The noise is what a small part of the step changes the loss by beyond its slopes at both ends (a
-    trapezoid, exact to the third order): of float32, rounding; of arithmetic in bfloat16, thousands
-    of times that, though the loss may be a float32. Relative to the loss, or to what the step is to
-    win if that is more.
+    The noise is what a small part of the step, `near`, changes the loss by beyond its slopes at
+    both ends (a trapezoid, exact to the third order): of float32, rounding; of arithmetic in
+    bfloat16, thousands of times that, though the loss may be a float32. Relative to the loss, or to
+    what the step is to win if that is more.
     """
     if not with_slope:
         return coming.start(), None, jnp.zeros((), jnp.float32)
@@ -164,12 +165,12 @@ def _at_start(
         return loss.astype(wide(loss.dtype)), -tangent.astype(jnp.float32)
 
     try:
-        losses, slopes = jax.lax.map(at, jnp.array([0, _NEAR], jnp.float32))
+        losses, slopes = jax.lax.map(at, jnp.stack([jnp.zeros_like(near), near]))
     except Exception:  # whatever the loss raises where it has no forward mode
         return coming.start(), None, jnp.zeros((), jnp.float32)
     fall = (losses[0] - losses[1]).astype(jnp.float32)
     size = jnp.maximum(jnp.abs(losses[0]).astype(jnp.float32), jnp.abs(slopes[0]))
-    noise = jnp.abs(fall - _NEAR * jnp.mean(slopes)) / jnp.where(size > 0, size, 1)
+    noise = jnp.abs(fall - near * jnp.mean(slopes)) / jnp.where(size > 0, size, 1)
     return losses[0], slopes[0], noise
 
 
