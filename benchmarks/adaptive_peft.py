@@ -26,7 +26,15 @@ import jax
 import numpy as np
 import training
 from flax import nnx
-from language import PRETRAINING, encode, language_loss, load_gpt
+from language import (
+    PRETRAINING,
+    bleu,
+    described,
+    encode,
+    language_loss,
+    load_gpt,
+    references,
+)
 from models import gpt, lora
 from peft_cost import freezing_table
 from peft_oracle import correlations, oracle_table, rank_correlation
@@ -39,6 +47,7 @@ import hidlr_optax as hd
 import hidlr_optax.plot
 
 TRANSFER_LAYERS = (2, 3)
+TOLD = 128  # restaurants of the test set that are described, for BLEU
 
 
 def report(study: Study, out: Path) -> None:
@@ -86,13 +95,15 @@ def e2e_problem(args: argparse.Namespace) -> Problem:
     train_texts = data.e2e(args.e2e_dir, "devset.csv")
     test_texts = data.e2e(args.e2e_dir, "testset_w_refs.csv")
     steps = 20 if args.quick else PRETRAINING
-    tokenizer, weights = load_gpt(config, steps, args.out)
+    tokenizer, weights = load_gpt(config, steps, data.CACHE)
 
     def encoded(texts: data.Texts, count: int) -> tuple[np.ndarray, np.ndarray]:
         chosen = np.random.default_rng(0).permutation(len(texts.first))[:count]
         return encode(tokenizer, texts, chosen, config.positions)
 
     sets = {"train": encoded(train_texts, 4000), "test": encoded(test_texts, 512)}
+    by_people = references(test_texts)
+    meanings = list(by_people)[: 8 if args.quick else TOLD]
 
     def build(seed: int) -> gpt.GPT:
         model = gpt.GPT(config, nnx.Rngs(0))
@@ -114,7 +125,9 @@ def e2e_problem(args: argparse.Namespace) -> Problem:
         parts = [tuple(array[n : n + 64] for array in sets["test"]) for n in range(0, 512, 64)]
         weights = [part[1][:, 1:].sum() for part in parts]
         loss = float(np.average([float(loss_of(model, part)) for part in parts], weights=weights))
-        return {"score": -loss, "loss": loss}
+        told = described(model, tokenizer, meanings, config.positions)
+        quality = bleu(told, [by_people[meaning] for meaning in meanings])
+        return {"score": quality, "BLEU": quality, "loss": loss}
 
     return Problem("GPT, E2E", training.Task(build, nnx.Param, loss_fn, batch, evaluate))
 

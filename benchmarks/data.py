@@ -83,22 +83,22 @@ class GlueTask(NamedTuple):
       columns: of the first sentence, of the second or None, and of the label.
       header: whether the first line of the file names the columns.
       classes: the labels as written in the file.
-      metric: that GLUE scores it by.
+      metrics: that GLUE scores it by; where there are two, by their mean.
     """
 
     columns: tuple[int, int | None, int]
     header: bool
     classes: tuple[str, ...]
-    metric: str
+    metrics: tuple[str, ...]
 
 
 _ENTAILMENT = ("entailment", "not_entailment")
 GLUE = {
-    "CoLA": GlueTask((3, None, 1), False, ("0", "1"), "matthews"),
-    "MRPC": GlueTask((3, 4, 0), True, ("0", "1"), "f1"),
-    "SST-2": GlueTask((0, None, 1), True, ("0", "1"), "accuracy"),
-    "RTE": GlueTask((1, 2, 3), True, _ENTAILMENT, "accuracy"),
-    "QNLI": GlueTask((1, 2, 3), True, _ENTAILMENT, "accuracy"),
+    "CoLA": GlueTask((3, None, 1), False, ("0", "1"), ("matthews",)),
+    "MRPC": GlueTask((3, 4, 0), True, ("0", "1"), ("accuracy", "f1")),
+    "SST-2": GlueTask((0, None, 1), True, ("0", "1"), ("accuracy",)),
+    "RTE": GlueTask((1, 2, 3), True, _ENTAILMENT, ("accuracy",)),
+    "QNLI": GlueTask((1, 2, 3), True, _ENTAILMENT, ("accuracy",)),
 }
 
 

@@ -40,21 +40,21 @@ class Batch(NamedTuple):
 
 
 class Corpus(NamedTuple):
-    """Three splits that share no example, and the metric they are scored by."""
+    """Three splits that share no example, and the metrics whose mean is the score."""
 
     splits: dict[str, tuple[bert.Tokens, np.ndarray]]
-    metric: str
+    metrics: tuple[str, ...]
 
 
 def load(args: Any) -> Corpus:
     """Snippets 60/20/20; of GLUE, `dev` is the test set, and a tenth of `train` for validation."""
     if args.data_dir is None:
-        texts, metric = data.snippets(), "accuracy"
+        texts, metrics = data.snippets(), ("accuracy",)
         order = np.random.default_rng(0).permutation(len(texts.labels))
         parts = np.split(order, [len(order) * 3 // 5, len(order) * 4 // 5])
         train, validation, test = map(texts.take, parts)
     else:
-        texts, metric = data.glue(args.data_dir, args.task, "train"), data.GLUE[args.task].metric
+        texts, metrics = data.glue(args.data_dir, args.task, "train"), data.GLUE[args.task].metrics
         order = np.random.default_rng(0).permutation(len(texts.labels))
         validation, train = map(texts.take, np.split(order, [len(order) // 10]))
         test = data.glue(args.data_dir, args.task, "dev")
@@ -66,7 +66,7 @@ def load(args: Any) -> Corpus:
         pairs: Any = zip(texts.first, texts.second, strict=True) if texts.second else texts.first
         return bert.tokenize(list(pairs), args.max_length), texts.labels
 
-    return Corpus({name: tokenized(texts) for name, texts in splits.items()}, metric)
+    return Corpus({name: tokenized(texts) for name, texts in splits.items()}, metrics)
 
 
 def rows_of(tokens: bert.Tokens, rows: Any) -> bert.Tokens:
@@ -108,8 +108,8 @@ def make_task(
         tokens, truth = corpus.splits[part]
         logits = training.logits_of(lambda n: predict(model, rows_of(tokens, n)), len(truth))
         guess, loss = training.classified(logits, truth)
-        score = float(METRICS[corpus.metric](truth, guess))
-        return {"score": score, corpus.metric: score, "loss": loss}
+        found = {name: float(METRICS[name](truth, guess)) for name in corpus.metrics}
+        return {"score": float(np.mean([*found.values()])), **found, "loss": loss}
 
     return training.Task(build, lora.TRAINED, loss_fn, batch, evaluate)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import sacrebleu
 from flax import nnx
 from models import gpt
 from tokenizers import Tokenizer
@@ -70,6 +71,11 @@ def load_gpt(config: gpt.Config, steps: int, folder: Path) -> tuple[Tokenizer, d
     return tokenizer, pretrain(config, rows, steps, folder / f"gpt-{steps}.npz")
 
 
+def _given(tokenizer: Tokenizer, meaning: str) -> list[int]:
+    """The tokens after which a description begins."""
+    return tokenizer.encode(f"{meaning} => ").ids
+
+
 def encode(
     tokenizer: Tokenizer, texts: data.Texts, rows: Sequence[int] | np.ndarray, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -78,9 +84,37 @@ def encode(
     counts = np.zeros((len(rows), length), bool)
     assert texts.second is not None
     for place, row in enumerate(rows):
-        given = tokenizer.encode(f"{texts.first[row]} => ").ids
+        given = _given(tokenizer, texts.first[row])
         told = [*tokenizer.encode(texts.second[row]).ids, 0]
         both = [*given, *told][:length]
         tokens[place, : len(both)] = both
         counts[place, len(given) : len(both)] = True
     return tokens, counts
+
+
+def described(
+    model: gpt.GPT, tokenizer: Tokenizer, meanings: Sequence[str], length: int
+) -> list[str]:
+    """What the model tells of each meaning, by greedy decoding, up to `length` tokens in all."""
+    given = [_given(tokenizer, meaning)[: length - 1] for meaning in meanings]
+    lengths = np.array([len(ids) for ids in given])
+    prompts = np.array([ids + [0] * (length - len(ids)) for ids in given], np.int32)
+    tokens = np.asarray(gpt.greedy(model, jnp.asarray(prompts), jnp.asarray(lengths)))
+    told = [row[start:] for row, start in zip(tokens, lengths, strict=True)]
+    return [tokenizer.decode([n for n in ids.tolist() if n]).strip() for ids in told]
+
+
+def references(texts: data.Texts) -> dict[str, list[str]]:
+    """All that people told of each meaning."""
+    assert texts.second is not None
+    found: dict[str, list[str]] = {}
+    for meaning, told in zip(texts.first, texts.second, strict=True):
+        found.setdefault(meaning, []).append(told)
+    return found
+
+
+def bleu(told: Sequence[str], by_people: Sequence[Sequence[str]]) -> float:
+    """BLEU of a corpus by sacrebleu, 0 to 100, each text against all of its references."""
+    most = max(map(len, by_people))
+    columns = [[some[n] if n < len(some) else None for some in by_people] for n in range(most)]
+    return sacrebleu.corpus_bleu(told, columns).score

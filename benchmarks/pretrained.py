@@ -164,7 +164,11 @@ def accuracy_and_f1(guess: jax.Array, truth: jax.Array) -> jax.Array:
     return (accuracy(guess, truth) + 2 * tp / (2 * tp + fp + fn)) / 2
 
 
-SCORES = {"accuracy": accuracy, "matthews": matthews, "f1": accuracy_and_f1}
+SCORES = {
+    ("accuracy",): accuracy,
+    ("matthews",): matthews,
+    ("accuracy", "f1"): accuracy_and_f1,
+}
 HEAD_OR_REST = by_path([("head/.*", "head")], "rest")
 WHOLE = {"head and rest": HEAD_OR_REST, "roles": hd.label_by_role}
 LORA = {"roles": hd.label_by_role}
@@ -186,7 +190,7 @@ def as_arrays(splits: dict[str, tuple[Any, ...]]) -> Splits:
 def classification(
     problem: tuple[Callable[[jax.Array], Any], Model],
     splits: dict[str, tuple[Any, ...]],
-    metric: str,
+    metrics: tuple[str, ...],
     groupings: dict[str, Any],
     size: Size,
 ) -> Workload:
@@ -202,7 +206,7 @@ def classification(
         return losses.mean()
 
     def score(params: Any, batch: Any) -> jax.Array:
-        return SCORES[metric](logits(params, batch).argmax(-1), batch[-1])
+        return SCORES[metrics](logits(params, batch).argmax(-1), batch[-1])
 
     return Workload(init, loss, as_arrays(splits), *size[1:], groupings, score)
 
@@ -264,10 +268,10 @@ def text(
       source: of the data.
     """
     if task == "snippets":
-        texts, metric = snippets(), "accuracy"
+        texts, metrics = snippets(), ("accuracy",)
     else:
         assert source.glue is not None
-        texts, metric = glue(source.glue, task), data.GLUE[task].metric
+        texts, metrics = glue(source.glue, task), data.GLUE[task].metrics
     texts = {part: t.take(np.arange(len(t.labels))[: source.limit]) for part, t in texts.items()}
     encoder = bert.load_minilm(layers, rngs=nnx.Rngs(0))
 
@@ -280,7 +284,7 @@ def text(
 
     problem = pure(build, lora.TRAINED if adapters else nnx.Param)
     splits = text_splits(texts, task, length, layers - size.upper)
-    return classification(problem, splits, metric, LORA if adapters else WHOLE, size)
+    return classification(problem, splits, metrics, LORA if adapters else WHOLE, size)
 
 
 def images(name: str, size: Size, source: Source) -> Workload:
@@ -312,7 +316,7 @@ def images(name: str, size: Size, source: Source) -> Workload:
 
     problem = pure(lambda key: UpperViT(nnx.clone(encoder), size.upper, 10, nnx.Rngs(key)))
     splits = {part: arrays(part) for part in rows}
-    return classification(problem, splits, "accuracy", WHOLE, size)
+    return classification(problem, splits, ("accuracy",), WHOLE, size)
 
 
 def e2e(length: int, size: Size, source: Source) -> Workload:

@@ -477,6 +477,32 @@ def test_gpt_predicts_from_what_came_before_alone():
         model(jnp.zeros((1, 9), jnp.int32))
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_greedy_decoding_is_the_likeliest_token_again_and_again(adapted):
+    config = gpt.Config(vocabulary=20, positions=12, width=12, layers=2, heads=3)
+    model = gpt.GPT(config, nnx.Rngs(0))
+    model.head.bias[...] = model.head.bias[...].at[0].set(0.5)  # some end before the last place
+    if adapted:
+        lora.add_lora(model, 2, rngs=nnx.Rngs(1))
+        model.layers[0].attention.query.lora_b[...] += 1.0
+    lengths = [1, 3, 6, 11, 12]
+    prompts = np.random.default_rng(0).integers(1, 20, (5, 12)).astype(np.int32)
+
+    whole = nnx.jit(lambda model, tokens: model(tokens))
+    expected = np.zeros_like(prompts)
+    for row, length in enumerate(lengths):
+        expected[row, :length] = prompts[row, :length]
+        for place in range(length, 12):
+            logits = whole(model, expected)  # what comes later does not count
+            expected[row, place] = int(logits[row, place - 1].argmax())
+            if expected[row, place] == 0:
+                break
+    np.testing.assert_array_equal(gpt.greedy(model, prompts, jnp.asarray(lengths)), expected)
+    told = [int((row != 0).sum()) - n for row, n in zip(expected, lengths, strict=True)]
+    assert min(told) == 0
+    assert max(told) > 3
+
+
 def test_the_byte_pair_encoding_gives_back_its_texts():
     texts = ["the cat sat on the mat", "the dog — sat", "naïve"]
     tokenizer = gpt.train_tokenizer(texts, 300)

@@ -5,10 +5,13 @@ import json
 import zipfile
 
 import data
+import finetune_text
 import jax
 import jax.numpy as jnp
+import language
 import numpy as np
 import optax
+import pretrained
 import pytest
 import training
 from flax import nnx
@@ -34,6 +37,44 @@ def test_glue_reads_sentences_and_pairs(tmp_path):
     assert (texts.first, texts.second) == (["one"], ["two"])
     np.testing.assert_array_equal(texts.labels, [1])
     assert texts.take(np.array([0, 0])).second == ["two", "two"]
+
+
+# The first lines of the files as GLUE ships them.
+_GLUE_FILES = {
+    "CoLA": ("", "gj04\t1\t\tOur friends won't buy this.\n"),
+    "MRPC": ("Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n", "1\t7\t8\tAmrozi said.\tHe said.\n"),
+    "SST-2": ("sentence\tlabel\n", "hide new secretions\t1\n"),
+    "RTE": ("index\tsentence1\tsentence2\tlabel\n", "0\tNo weapons.\tWeapons.\tnot_entailment\n"),
+    "QNLI": ("index\tquestion\tsentence\tlabel\n", "0\tWhen?\tIn 1880.\tnot_entailment\n"),
+}
+
+
+@pytest.mark.parametrize("task", data.GLUE)
+def test_every_task_of_glue_is_read_and_scored(tmp_path, task):
+    header, line = _GLUE_FILES[task]
+    _write(tmp_path / task / "train.tsv", header + 2 * line)
+    texts = data.glue(tmp_path, task, "train")
+    np.testing.assert_array_equal(texts.labels, [1, 1])
+    fields = line.strip().split("\t")
+    assert texts.first[0] in fields
+    assert texts.second is None or texts.second[0] in fields[fields.index(texts.first[0]) + 1 :]
+
+    # By hand: four right of six, one false positive and one false negative.
+    truth, guess = np.array([1, 1, 1, 0, 0, 1]), np.array([1, 1, 1, 0, 1, 0])
+    by_hand = {"accuracy": 4 / 6, "f1": 2 * 3 / (2 * 3 + 1 + 1), "matthews": (3 * 1 - 1) / 8}
+    found = {name: finetune_text.METRICS[name](truth, guess) for name in data.GLUE[task].metrics}
+    assert found == pytest.approx({name: by_hand[name] for name in found})
+    score = pretrained.SCORES[data.GLUE[task].metrics](jnp.asarray(guess), jnp.asarray(truth))
+    assert float(score) == pytest.approx(np.mean([*found.values()]), rel=1e-6)
+
+
+def test_bleu_counts_every_reference(tmp_path):
+    told = ["the Eagle is a cheap pub near the river", "Alimentum serves Italian food"]
+    by_people = [["a cheap pub", told[0]], [told[1]]]
+    assert language.bleu(told, by_people) == pytest.approx(100)
+    assert language.bleu(told, [[told[0]], ["no such words here"]]) < 80
+    texts = data.Texts(["a", "b", "a"], ["one", "two", "three"], np.zeros(3))
+    assert language.references(texts) == {"a": ["one", "three"], "b": ["two"]}
 
 
 def test_glue_says_what_is_wrong(tmp_path):

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from models.layers import MLP, Attention
+from models.layers import MLP, Attention, Seen
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class Embed(nnx.Module):
         self.token = nnx.Embed(config.vocabulary, config.width, embedding_init=normal, rngs=rngs)
         self.position = nnx.Embed(config.positions, config.width, embedding_init=normal, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """(n, t) -> (n, t, width)."""
-        return self.token(tokens) + self.position(jnp.arange(tokens.shape[1]))
+    def __call__(self, tokens: jax.Array, first: jax.Array | int = 0) -> jax.Array:
+        """(n, t), whose first is at that position -> (n, t, width)."""
+        return self.token(tokens) + self.position(first + jnp.arange(tokens.shape[1]))
 
 
 class Layer(nnx.Module):
@@ -48,6 +49,12 @@ class Layer(nnx.Module):
         """(n, t, width) -> (n, t, width)."""
         x = x + self.attention(self.norm_attention(x))
         return x + self.mlp(self.norm_mlp(x))
+
+    def following(self, x: jax.Array, place: jax.Array, seen: Seen) -> tuple[jax.Array, Seen]:
+        """The same of one token, (n, 1, width) at `place`, after those that have been seen."""
+        mixed, seen = self.attention.following(self.norm_attention(x), place, seen)
+        x = x + mixed
+        return x + self.mlp(self.norm_mlp(x)), seen
 
 
 class GPT(nnx.Module):
@@ -74,6 +81,45 @@ class GPT(nnx.Module):
         for layer in self.layers:
             x = layer(x)
         return self.head(self.norm(x))
+
+
+@nnx.jit
+def greedy(model: GPT, prompts: jax.Array, lengths: jax.Array) -> jax.Array:
+    """What the model tells: always the token that it holds to be the likeliest, until it ends.
+
+    Args:
+      model: whose state is not changed.
+      prompts: (n, t) int, what is given, and room for what follows; t at most its positions.
+      lengths: (n,) int, how many tokens are given, 1 or more.
+
+    Returns:
+      (n, t): the prompts, what follows, and 0 from where a text has ended.
+    """
+    config, (n, t) = model.config, prompts.shape
+    none = jnp.zeros((n, t, config.heads, config.width // config.heads))
+    graph, params = nnx.split(model)
+
+    def goes_on(carry: Any) -> jax.Array:
+        place, _, ended, _ = carry
+        return (place < t - 1) & ~jnp.all(ended)
+
+    def one_more(carry: Any) -> Any:
+        place, tokens, ended, seen = carry
+        told = nnx.merge(graph, params)
+        x, now = told.embed(tokens[:, place][:, None], place), []
+        for layer, before in zip(told.layers, seen, strict=True):
+            x, after = layer.following(x, place, before)
+            now.append(after)
+        likeliest = told.head(told.norm(x))[:, 0].argmax(-1).astype(tokens.dtype)
+        given = place + 1 < lengths
+        token = jnp.where(given, tokens[:, place + 1], jnp.where(ended, 0, likeliest))
+        ended = ended | (~given & (token == 0))
+        return place + 1, tokens.at[:, place + 1].set(token), ended, now
+
+    begun = 0, jnp.where(jnp.arange(t) < lengths[:, None], prompts, 0), jnp.zeros(n, bool)
+    return jax.lax.while_loop(goes_on, one_more, (*begun, [Seen(none, none)] * len(model.layers)))[
+        1
+    ]
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Tokenizer:

@@ -6,6 +6,7 @@ parameters and batch, where the batch may carry the key.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,13 @@ def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
     return nnx.Dropout(rate)(x, deterministic=rngs is None, rngs=rngs)
 
 
+class Seen(NamedTuple):
+    """Keys and values of the tokens so far, each (n, longest, heads, width / heads)."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
 class Attention(nnx.Module):
     """Multi-head self-attention; causal: to nothing that comes later."""
 
@@ -35,19 +43,32 @@ class Attention(nnx.Module):
         self.value = nnx.Linear(width, width, rngs=rngs)
         self.out = nnx.Linear(width, width, rngs=rngs)
 
+    def _by_head(self, linear: nnx.Module, x: jax.Array) -> jax.Array:
+        """(n, t, width) -> (n, t, heads, width / heads)."""
+        return linear(x).reshape(*x.shape[:2], self.heads, -1)  # pyright: ignore[reportCallIssue]
+
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """(n, t, width), and a mask (n, t) of the tokens to attend to -> (n, t, width)."""
-        n, t, width = x.shape
-        split = (n, t, self.heads, width // self.heads)
-        query, key, value = (linear(x) for linear in (self.query, self.key, self.value))
         mixed = jax.nn.dot_product_attention(
-            query.reshape(split),
-            key.reshape(split),
-            value.reshape(split),
+            self._by_head(self.query, x),
+            self._by_head(self.key, x),
+            self._by_head(self.value, x),
             mask=None if mask is None else mask[:, None, None, :],  # (n, heads, query, key)
             is_causal=self.causal,
         )
         return self.out(mixed.reshape(x.shape))
+
+    def following(self, x: jax.Array, place: jax.Array, seen: Seen) -> tuple[jax.Array, Seen]:
+        """The same of one token, (n, 1, width) at `place`, after those that have been seen."""
+        seen = Seen(
+            seen.keys.at[:, place].set(self._by_head(self.key, x)[:, 0]),
+            seen.values.at[:, place].set(self._by_head(self.value, x)[:, 0]),
+        )
+        known = jnp.arange(seen.keys.shape[1]) <= place
+        mixed = jax.nn.dot_product_attention(
+            self._by_head(self.query, x), *seen, mask=known[None, None, None, :]
+        )
+        return self.out(mixed.reshape(x.shape)), seen
 
 
 class MLP(nnx.Module):
