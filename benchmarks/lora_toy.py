@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
+from rivals import line_search
 from store import Job, Row, Store, arguments, rounded
 from tables import finite_mean, markdown, mean_sd
 
@@ -156,6 +157,7 @@ def rules(steps: int) -> dict[str, Rule]:
         "hidlr, cosine": lambda loss: hd.hidlr(loss, LABELS, schedule=cosine),
         "one rate": lambda loss: hd.hiulr(loss),
         "one rate, cosine": lambda loss: hd.hiulr(loss, schedule=cosine),
+        "backtracking line search": line_search,
     }
 
 

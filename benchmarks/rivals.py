@@ -67,6 +67,23 @@ def gen_hidlr(loss_fn: Any, param_labels: Any, **settings: Any) -> Any:
     )
 
 
+def line_search(loss_fn: Callable[..., jax.Array]) -> optax.GradientTransformationExtraArgs:
+    """Optax's backtracking line search along the updates, for losses without noise.
+
+    Args:
+      loss_fn: (params, batch) -> scalar.
+    """
+    search = optax.scale_by_backtracking_linesearch(max_backtracking_steps=40, decrease_factor=0.5)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        batch, value, grad = (extra.get(name) for name in ("batch", "value", "grad"))
+        return search.update(
+            updates, state, params, value=value, grad=grad, value_fn=lambda p: loss_fn(p, batch)
+        )
+
+    return optax.GradientTransformationExtraArgs(search.init, update)
+
+
 class Rival(NamedTuple):
     """An optimizer that sets its own step.
 

@@ -2,7 +2,7 @@
 
 An ellipse from (50, 1), and the sum of Beale's and Rosenbrock's functions from (4, 3), 100 steps of
 gradient descent each. Hi-DLR (K = 2) and Hi-ULR (K = 1) against the best constant rate of a grid,
-Prodigy and D-Adaptation. Prints a table and draws one figure.
+Prodigy, D-Adaptation and a line search. Prints a table and draws one figure.
 
     python benchmarks/toys.py
 """
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
+from rivals import line_search
 
 import hidlr_optax as hd
 
@@ -105,6 +106,7 @@ def methods(toy: Toy) -> dict[str, optax.GradientTransformation]:
         "Hi-ULR": optax.chain(optax.sgd(1.0), hd.hiulr(toy.fn, **exact)),
         "Prodigy": optax.contrib.prodigy(1.0),
         "D-Adaptation": optax.contrib.dadapt_adamw(1.0),
+        "backtracking line search": optax.chain(optax.sgd(1.0), line_search(toy.fn)),
     }
 
 
