@@ -116,5 +116,6 @@ def references(texts: data.Texts) -> dict[str, list[str]]:
 def bleu(told: Sequence[str], by_people: Sequence[Sequence[str]]) -> float:
     """BLEU of a corpus by sacrebleu, 0 to 100, each text against all of its references."""
     most = max(map(len, by_people))
-    columns = [[some[n] if n < len(some) else None for some in by_people] for n in range(most)]
+    # An empty one is no reference.
+    columns = [[some[n] if n < len(some) else "" for some in by_people] for n in range(most)]
     return sacrebleu.corpus_bleu(told, columns).score

@@ -9,15 +9,22 @@ sizes of the paper where they differ.
     python -m benchmarks.run --suite smoke
     python -m benchmarks.run --suite paper --data-dir GLUE --e2e-dir E2E
     python -m benchmarks.run --suite paper --report     # tables and figures of what has run
+    python -m benchmarks.run --suite paper --publish    # the same into TABLES.md and docs
 """
 
 import argparse
+import collections
 import concurrent.futures
+import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
+import types
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +53,7 @@ class Exhibit(NamedTuple):
       full: of the paper's own sizes.
       report: of what makes tables and figures from the rows; None where the run itself does.
       minutes: of `paper`, on one core.
+      figures: those that are published, file under the folder of results -> file under docs.
     """
 
     shows: str
@@ -55,23 +63,39 @@ class Exhibit(NamedTuple):
     full: str | None
     report: str | None
     minutes: float
+    figures: Mapping[str, str] = types.MappingProxyType({})
 
     def arguments(self, suite: str) -> str | None:
         """Of a suite; None where it has no part of it."""
         return {"smoke": self.smoke, "paper": self.paper, "full": self.full}[suite]
 
 
-def _sized(shows: str, script: str, report: str, minutes: float) -> Exhibit:
+def _sized(
+    shows: str, script: str, report: str, minutes: float, figures: Mapping[str, str]
+) -> Exhibit:
     """A script with rows in one file, `--quick` and `--full`."""
     rows = "--out {out}.jsonl"
     quick, full = f"{rows} --quick", f"{rows} --full"
-    return Exhibit(shows, script, quick, rows, full, f"{rows} {report}", minutes)
+    return Exhibit(shows, script, quick, rows, full, f"{rows} {report}", minutes, figures)
 
 
 EXHIBITS: dict[str, Exhibit] = {
-    "quadratic": _sized("Figure 1", "quadratic_fit.py", "--report --figure {out}.png", 2),
+    "quadratic": _sized(
+        "Figure 1",
+        "quadratic_fit.py",
+        "--report --figure {out}.png",
+        2,
+        {"quadratic.png": "quadratic-fit.png"},
+    ),
     "toys": Exhibit(
-        "Figure 2", "toys.py", "--out {out}.png", "--out {out}.png", "--out {out}.png", None, 1
+        "Figure 2",
+        "toys.py",
+        "--out {out}.png",
+        "--out {out}.png",
+        "--out {out}.png",
+        None,
+        1,
+        {"toys.png": "toys.png"},
     ),
     "multitask": Exhibit(
         "Figures 3 and 4",
@@ -81,9 +105,18 @@ EXHIBITS: dict[str, Exhibit] = {
         "--out {out} --seeds 5 --steps 1000",
         None,
         12,
+        {"multitask/yeast/influence-Hi-DLR.png": "yeast-influence.png"},
     ),
-    "nam": _sized("Figures 5, 11 and 12", "nam.py", "--report --figure {out}.png", 20),
-    "lora_toy": _sized("Figure 13", "lora_toy.py", "--report --figure {out}.png", 10),
+    "nam": _sized(
+        "Figures 5, 11 and 12", "nam.py", "--report --figure {out}.png", 20, {"nam.png": "nam.png"}
+    ),
+    "lora_toy": _sized(
+        "Figure 13",
+        "lora_toy.py",
+        "--report --figure {out}.png",
+        10,
+        {"lora_toy.png": "lora-toy.png"},
+    ),
     "wall_clock": Exhibit(
         "Figure 14",
         "overhead.py",
@@ -133,12 +166,13 @@ EXHIBITS: dict[str, Exhibit] = {
         "rivals, schedules and performance profile",
         "robustness.py",
         "--out {out}.jsonl --suite smoke --figure {out}.png",
-        "--out {out}.jsonl",
+        "--out {out}.jsonl --methods 'hidlr, cosine' hidlr 'Hi-ULR, cosine' Hi-ULR",
         "--out {out}.jsonl",
         "--out {out}.jsonl --report --details --figure {out}.png",
         60,
+        {"rivals.png": "robustness.png", "rivals-targets.png": "robustness-targets.png"},
     ),
-    "ablations": _sized("what reviewers asked for", "ablations.py", "--report", 15),
+    "ablations": _sized("what reviewers asked for", "ablations.py", "--report", 15, {}),
     "scripts": Exhibit(
         "public training scripts",
         "real_scripts.py",
@@ -158,6 +192,14 @@ class Paths(NamedTuple):
     data_dir: Path | None
     e2e_dir: Path | None
     fashion_dir: Path | None
+
+    def tables(self, name: str) -> Path:
+        """What an exhibit has printed."""
+        return self.out / f"{name}.md"
+
+    def log(self, name: str) -> Path:
+        """Its errors, and those of the runs before."""
+        return self.out / f"{name}.log"
 
     def options(self) -> dict[str, str]:
         """What stands for the data in the arguments."""
@@ -190,11 +232,13 @@ def command(name: str, arguments: str, paths: Paths) -> list[str]:
     return [sys.executable, str(HERE / EXHIBITS[name].script), *shlex.split(filled)]
 
 
-def execute(words: list[str], log: Path) -> int:
-    """Runs a command on one core with all it prints in a file; the exit status."""
-    with log.open("w") as file:
-        streams = {"stdout": file, "stderr": subprocess.STDOUT}
-        return subprocess.run(words, **streams, env=os.environ | _ONE_CORE, check=False).returncode
+def execute(words: list[str], name: str, paths: Paths) -> int:
+    """Runs a command on one core, its tables in one file and errors in another; the status."""
+    with paths.tables(name).open("w") as tables, paths.log(name).open("a") as log:
+        environment = os.environ | _ONE_CORE
+        return subprocess.run(
+            words, stdout=tables, stderr=log, env=environment, check=False
+        ).returncode
 
 
 def report(name: str, paths: Paths) -> int:
@@ -202,7 +246,7 @@ def report(name: str, paths: Paths) -> int:
     arguments = EXHIBITS[name].report
     if arguments is None:
         return 0
-    return execute(command(name, arguments, paths), paths.out / f"{name}.md")
+    return execute(command(name, arguments, paths), name, paths)
 
 
 def run(name: str, suite: str, paths: Paths) -> Outcome:
@@ -212,11 +256,14 @@ def run(name: str, suite: str, paths: Paths) -> Outcome:
     words = command(name, arguments, paths)
     mark, status = paths.out / f"{name}.done", 0
     if not (mark.exists() and mark.read_text() == " ".join(words)):
-        status = execute(words, paths.out / f"{name}.log")
+        status = execute(words, name, paths)
         if status == 0:
             mark.write_text(" ".join(words))
     status = status or report(name, paths)
-    return Outcome(name, status, (time.monotonic() - start) / 60)
+    minutes = (time.monotonic() - start) / 60
+    with (paths.out / "minutes.jsonl").open("a") as file:
+        file.write(json.dumps({"name": name, "minutes": round(minutes, 2)}) + "\n")
+    return Outcome(name, status, minutes)
 
 
 def chosen_by(suite: str, names: list[str], paths: Paths) -> list[str]:
@@ -231,6 +278,30 @@ def chosen_by(suite: str, names: list[str], paths: Paths) -> list[str]:
     return sorted(usable, key=lambda name: -EXHIBITS[name].minutes)
 
 
+def publish(suite: str, names: list[str], paths: Paths) -> None:
+    """Writes TABLES.md beside this file, and the figures into the documentation."""
+    where = str(paths.out.resolve())
+    minutes: dict[str, float] = collections.defaultdict(float)
+    for line in (paths.out / "minutes.jsonl").read_text().splitlines():
+        run = json.loads(line)
+        minutes[run["name"]] += run["minutes"]
+    hours = sum(minutes[name] for name in names) / 60
+    made = f"Made by `python -m benchmarks.run --suite {suite} --publish`: {hours:.1f} hours of one"
+    made += f" core, jax {version('jax')}, optax {version('optax')}. What the tables say is in the"
+    made += " [README](README.md), what was tried beside in the [studies](STUDIES.md)."
+    parts = ["# Tables", made]
+    for name in sorted(names, key=list(EXHIBITS).index):
+        exhibit = EXHIBITS[name]
+        shown = [line for line in paths.tables(name).read_text().splitlines() if where not in line]
+        arguments = (exhibit.arguments(suite) or "").format(out=name, data="…", glue="…")
+        head = f"## {name}: {exhibit.shows}"
+        how = f"`python benchmarks/{exhibit.script} {arguments}`, {minutes[name]:.0f} minutes."
+        parts.append("\n\n".join([head, how, "\n".join(shown).strip()]))
+        for file, published in exhibit.figures.items():
+            shutil.copy(paths.out / file, HERE.parent / "docs" / published)
+    (HERE / "TABLES.md").write_text("\n\n".join(parts) + "\n")
+
+
 def main() -> None:
     """Parses the arguments."""
     parser = argparse.ArgumentParser(
@@ -241,6 +312,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("exhibits"), help="a folder")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="one core each")
     parser.add_argument("--report", action="store_true", help="run nothing, only report")
+    parser.add_argument(
+        "--publish", action="store_true", help="run nothing, write TABLES.md and docs' figures"
+    )
     parser.add_argument("--data-dir", type=Path, help="a folder in GLUE's layout")
     parser.add_argument("--e2e-dir", type=Path, help="with devset.csv and testset_w_refs.csv")
     parser.add_argument("--fashion-dir", type=Path, help="with Fashion-MNIST's four files")
@@ -255,6 +329,9 @@ def main() -> None:
             report(name, paths)
             print(f"{EXHIBITS[name].shows}: {paths.out / name}.*")
         return
+    if args.publish:
+        publish(args.suite, names, paths)
+        return
     minutes = sum(EXHIBITS[name].minutes for name in names)
     if args.suite == "paper":
         print(f"{len(names)} exhibits, about {minutes / 60:.1f} hours of one core")
@@ -268,12 +345,9 @@ def main() -> None:
             if outcome.status:
                 failed.append(outcome.name)
     for name in failed:
-        printed = [paths.out / f"{name}{ending}" for ending in (".log", ".md")]
-        last = max(
-            (path for path in printed if path.exists()), key=lambda path: path.stat().st_mtime
-        )
+        log = paths.log(name)
         print(
-            f"\n{name} failed; the end of {last}:\n", *last.read_text().splitlines()[-15:], sep="\n"
+            f"\n{name} failed; the end of {log}:\n", *log.read_text().splitlines()[-15:], sep="\n"
         )
     if failed:
         sys.exit(1)
