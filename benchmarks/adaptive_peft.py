@@ -47,7 +47,8 @@ import hidlr_optax as hd
 import hidlr_optax.plot
 
 TRANSFER_LAYERS = (2, 3)
-TOLD = 128  # restaurants of the test set that are described, for BLEU
+TESTED = 256  # texts of the test set
+TOLD = 64  # restaurants of the test set that are described, for BLEU
 
 
 def report(study: Study, out: Path) -> None:
@@ -79,6 +80,9 @@ def report(study: Study, out: Path) -> None:
 def text_problem(args: argparse.Namespace) -> Problem:
     """MiniLM with LoRA, on CoLA or on snippets of reviews; smaller ones are its first layers."""
     corpus = finetune_text.load(args)
+    inputs, labels = corpus.splits["test"]
+    rows = np.arange(min(TESTED, len(labels)))
+    corpus.splits["test"] = finetune_text.rows_of(inputs, rows), labels[rows]
     layers = (2, 1) if args.quick else (6, *TRANSFER_LAYERS)
     whole, *small = (
         finetune_text.make_task(corpus, dropout=0.0, rank=8, layers=n)._replace(wrt=nnx.Param)
@@ -101,7 +105,7 @@ def e2e_problem(args: argparse.Namespace) -> Problem:
         chosen = np.random.default_rng(0).permutation(len(texts.first))[:count]
         return encode(tokenizer, texts, chosen, config.positions)
 
-    sets = {"train": encoded(train_texts, 4000), "test": encoded(test_texts, 512)}
+    sets = {"train": encoded(train_texts, 4000), "test": encoded(test_texts, TESTED)}
     by_people = references(test_texts)
     meanings = list(by_people)[: 8 if args.quick else TOLD]
 
@@ -115,14 +119,14 @@ def e2e_problem(args: argparse.Namespace) -> Problem:
         return language_loss(model(batch[0]), batch)
 
     def batch(seed: int, step: int) -> Any:
-        chosen = np.random.default_rng((seed, step)).integers(0, 4000, 16)
+        chosen = np.random.default_rng((seed, step)).integers(0, 4000, 8)
         return tuple(array[chosen] for array in sets["train"])
 
     loss_of = nnx.jit(loss_fn)
 
     def evaluate(model: gpt.GPT, part: str) -> dict[str, float]:
         del part
-        parts = [tuple(array[n : n + 64] for array in sets["test"]) for n in range(0, 512, 64)]
+        parts = [tuple(array[n : n + 64] for array in sets["test"]) for n in range(0, TESTED, 64)]
         weights = [part[1][:, 1:].sum() for part in parts]
         loss = float(np.average([float(loss_of(model, part)) for part in parts], weights=weights))
         told = described(model, tokenizer, meanings, config.positions)

@@ -24,14 +24,7 @@ def base_optimizer() -> optax.GradientTransformation:
 
 def rule(labels: Any, steps: int) -> optax.GradientTransformationExtraArgs:
     """The rates: `hidlr` with nothing tuned."""
-    return hd.hidlr(
-        None,
-        labels,
-        update_interval=20,
-        solver=hd.coupled(),  # the tables are of this solver, whose probes measure each group
-        curvature=hd.probes(batch_size=1),
-        schedule=optax.cosine_decay_schedule(1.0, steps),
-    )
+    return hd.hidlr(None, labels, schedule=optax.cosine_decay_schedule(1.0, steps))
 
 
 def pretrained(task: Task, seed: int) -> tuple[Any, dict[str, Any]]:

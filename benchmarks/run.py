@@ -121,7 +121,8 @@ EXHIBITS: dict[str, Exhibit] = {
         "Figure 14",
         "overhead.py",
         "--out {out}.json --quick",
-        "--out {out}.json --problems transformer --groups 1 3 10",
+        "--out {out}.json --problems transformer --groups 1 3"
+        " --rules hidlr 'first version, one at a time'",
         "--out {out}.json",
         None,
         25,
@@ -130,7 +131,7 @@ EXHIBITS: dict[str, Exhibit] = {
         "Tables 1 and 2, frozen lower layers",
         "finetuning.py",
         None,
-        "--out {out}.jsonl --seeds 3 --methods 'hidlr, cosine' 'hidlr, one rate, cosine' {data}",
+        "--out {out}.jsonl --seeds 3 --methods 'hidlr, cosine' {data}",
         "--out {out}.jsonl --seeds 5 {data}",
         "--out {out}.jsonl --report {data}",
         30,
@@ -157,10 +158,15 @@ EXHIBITS: dict[str, Exhibit] = {
         "Figures 6 and 7, Tables 3 and 4",
         "adaptive_peft.py",
         "--out {out} --quick",
-        "--out {out} --steps 60 {glue}",
-        "--out {out} {glue}",
+        "--out {out} --steps 60 {e2e}",
+        "--out {out} {e2e}",
         None,
         60,
+        {
+            "influence/influence-MiniLM-snippets.png": "peft-influence.png",
+            "influence/influence-GPT-E2E.png": "peft-influence-gpt.png",
+            "influence/pareto-MiniLM-snippets.png": "peft-pareto.png",
+        },
     ),
     "rivals": Exhibit(
         "rivals, schedules and performance profile",
@@ -177,7 +183,7 @@ EXHIBITS: dict[str, Exhibit] = {
         "public training scripts",
         "real_scripts.py",
         "--out {out}.jsonl --quick --scripts vae pinn",
-        "--out {out}.jsonl --seeds 3",
+        None,
         "--out {out}.jsonl --seeds 3",
         None,
         30,
@@ -213,8 +219,11 @@ class Paths(NamedTuple):
             for name, path in given.items()
             if path
         }
-        glue = " ".join(known[name] for name in ("--data-dir", "--e2e-dir") if name in known)
-        return {"data": " ".join(known.values()), "glue": glue}
+        return {
+            "data": " ".join(known.values()),
+            "glue": known.get("--data-dir", ""),
+            "e2e": known.get("--e2e-dir", ""),
+        }
 
 
 class Outcome(NamedTuple):
@@ -278,8 +287,8 @@ def chosen_by(suite: str, names: list[str], paths: Paths) -> list[str]:
     return sorted(usable, key=lambda name: -EXHIBITS[name].minutes)
 
 
-def publish(suite: str, names: list[str], paths: Paths) -> None:
-    """Writes TABLES.md beside this file, and the figures into the documentation."""
+def publish(suite: str, names: list[str], paths: Paths, page: Path, docs: Path) -> None:
+    """Writes the tables of a suite into a page, and its figures into the documentation."""
     where = str(paths.out.resolve())
     minutes: dict[str, float] = collections.defaultdict(float)
     for line in (paths.out / "minutes.jsonl").read_text().splitlines():
@@ -293,13 +302,13 @@ def publish(suite: str, names: list[str], paths: Paths) -> None:
     for name in sorted(names, key=list(EXHIBITS).index):
         exhibit = EXHIBITS[name]
         shown = [line for line in paths.tables(name).read_text().splitlines() if where not in line]
-        arguments = (exhibit.arguments(suite) or "").format(out=name, data="…", glue="…")
+        arguments = (exhibit.arguments(suite) or "").format(out=name, data="…", glue="…", e2e="…")
         head = f"## {name}: {exhibit.shows}"
         how = f"`python benchmarks/{exhibit.script} {arguments}`, {minutes[name]:.0f} minutes."
         parts.append("\n\n".join([head, how, "\n".join(shown).strip()]))
         for file, published in exhibit.figures.items():
-            shutil.copy(paths.out / file, HERE.parent / "docs" / published)
-    (HERE / "TABLES.md").write_text("\n\n".join(parts) + "\n")
+            shutil.copy(paths.out / file, docs / published)
+    page.write_text("\n\n".join(parts) + "\n")
 
 
 def main() -> None:
@@ -330,7 +339,7 @@ def main() -> None:
             print(f"{EXHIBITS[name].shows}: {paths.out / name}.*")
         return
     if args.publish:
-        publish(args.suite, names, paths)
+        publish(args.suite, names, paths, HERE / "TABLES.md", HERE.parent / "docs")
         return
     minutes = sum(EXHIBITS[name].minutes for name in names)
     if args.suite == "paper":
