@@ -27,6 +27,22 @@ def rule(labels: Any, steps: int) -> optax.GradientTransformationExtraArgs:
     return hd.hidlr(None, labels, schedule=optax.cosine_decay_schedule(1.0, steps))
 
 
+def measuring_rule(steps: int) -> optax.GradientTransformationExtraArgs:
+    """The rates while influence is measured: each group by probes of its own.
+
+    By default rates begin small and all groups are measured together: what a group whose slope and
+    curvature are both next to nothing is worth, such as lora_A while lora_B is zero, is then 0/0.
+    """
+    return hd.hidlr(
+        None,
+        LABELS,
+        update_interval=20,
+        solver=hd.coupled(),
+        curvature=hd.probes(batch_size=1),
+        schedule=optax.cosine_decay_schedule(1.0, steps),
+    )
+
+
 def pretrained(task: Task, seed: int) -> tuple[Any, dict[str, Any]]:
     """The model's structure, and its parameters as nested dicts."""
     graph, params = nnx.split(task.build(seed))
@@ -68,7 +84,7 @@ def measure(task: Task, seed: int, steps: int, whole: int) -> dict[str, Any]:
       single examples, of the last batch).
     """
     graph, params = pretrained(task, seed)
-    tx = optax.chain(base_optimizer(), rule(LABELS, whole))
+    tx = optax.chain(base_optimizer(), measuring_rule(whole))
     state, running = tx.init(params), hd.influence.start(LABELS, params, joint=pairs(params))
 
     def loss_of(params: Any, batch: Any) -> jax.Array:

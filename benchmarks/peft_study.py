@@ -37,7 +37,7 @@ class Study:
         """From `measure`, on the problem or a smaller version."""
         task = self.problem.task if small is None else self.problem.small[small]
         key = self.problem.name, self.steps, "measure", small, seed
-        short = max(self.steps // 10, 2)
+        short = min(max(self.steps // 10, 15), self.steps)  # fewer say little
         return self._results.get(key, lambda: measure(task, seed, short, self.steps))
 
     def influence(self, seed: int, small: str | None = None) -> hd.Influence:

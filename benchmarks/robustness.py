@@ -164,6 +164,7 @@ RULES: dict[str, Method] = {
     "Algorithm 1": Method(_paper),
     "Algorithm 1, smoothed": Method(_gen),
 }
+_EVERYWHERE = ("hidlr, cosine", "hidlr")  # in the suite "paper", with every direction
 ABLATIONS: dict[str, Method] = {
     f"{name}, {schedule or 'constant'}": Method(factory, schedule)
     for name, factory in {
@@ -292,7 +293,8 @@ def jobs(suite: str) -> Iterator[Job]:
         for case in chosen:
             if case.workload == name:
                 for method, rule in rules.items():
-                    yield case_job(method, rule, case, steps)
+                    if suite != "paper" or case.optimizer == "AdamW" or method in _EVERYWHERE:
+                        yield case_job(method, rule, case, steps)
         for method in OTHERS if suite != "smoke" else ["Prodigy"]:
             yield other_job(method, name, steps)
     if suite != "full":
@@ -564,7 +566,7 @@ def report(rows: list[dict[str, Any]], figure: Path | None, details: bool) -> No
 def main() -> None:
     """Parses the arguments."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--suite", choices=("smoke", "full", "long"), default="full")
+    parser.add_argument("--suite", choices=("smoke", "paper", "full", "long"), default="full")
     parser.add_argument("--out", type=Path, default=Path("robustness.jsonl"))
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--shard", type=shard, default=slice(None), help="i/n: of n parts the i-th")

@@ -172,7 +172,7 @@ EXHIBITS: dict[str, Exhibit] = {
         "rivals, schedules and performance profile",
         "robustness.py",
         "--out {out}.jsonl --suite smoke --figure {out}.png",
-        "--out {out}.jsonl --methods 'hidlr, cosine' hidlr",
+        "--out {out}.jsonl --suite paper",
         "--out {out}.jsonl",
         "--out {out}.jsonl --report --details --figure {out}.png",
         60,
