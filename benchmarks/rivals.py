@@ -68,7 +68,9 @@ def gen_hidlr(loss_fn: Any, param_labels: Any, **settings: Any) -> Any:
 
 
 def line_search(loss_fn: Callable[..., jax.Array]) -> optax.GradientTransformationExtraArgs:
-    """Optax's backtracking line search along the updates, for losses without noise.
+    """Gradient descent with Optax's backtracking line search, for losses without noise.
+
+    It takes the place of the updates that it is given.
 
     Args:
       loss_fn: (params, batch) -> scalar.
@@ -76,10 +78,10 @@ def line_search(loss_fn: Callable[..., jax.Array]) -> optax.GradientTransformati
     search = optax.scale_by_backtracking_linesearch(max_backtracking_steps=40, decrease_factor=0.5)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        del updates
         batch, value, grad = (extra.get(name) for name in ("batch", "value", "grad"))
-        return search.update(
-            updates, state, params, value=value, grad=grad, value_fn=lambda p: loss_fn(p, batch)
-        )
+        known = {"value": value, "grad": grad, "value_fn": lambda p: loss_fn(p, batch)}
+        return search.update(jax.tree.map(jnp.negative, grad), state, params, **known)
 
     return optax.GradientTransformationExtraArgs(search.init, update)
 

@@ -533,9 +533,11 @@ def report(rows: list[dict[str, Any]], figure: Path | None, details: bool) -> No
     found = outcomes(rows)
     averaged = [name for name in found if name.endswith(_AVERAGED)]
     rules = {name: found[name] for name in (*RULES, *averaged) if name in found}
+    most = max(map(len, rules.values()), default=0)
+    everywhere = {name: those for name, those in rules.items() if len(those) == most}
     print("All cases, loss over that of the tuned grid:\n")
     real = [row for row in rows if row["workload"] not in TOYS]
-    print(table(rules, real))
+    print(table(everywhere, real))
     adamw = on(found, lambda case: case[1] in (None, "AdamW"))
     adamw = {name: adamw[name] for name in (*rules, *OTHERS) if name in adamw}
     print("\nAdamW as the direction, beside what needs no learning rate:\n")
@@ -555,9 +557,7 @@ def report(rows: list[dict[str, Any]], figure: Path | None, details: bool) -> No
     if details:
         print("\n" + against_one_rate(found), toys(rows), by_case(rows, found), sep="\n\n")
     if figure is not None:
-        profile({f"all {len(rules['hidlr'])} cases": rules, "AdamW alone": adamw}).savefig(
-            figure, dpi=150
-        )
+        profile({f"all {most} cases": everywhere, "AdamW alone": adamw}).savefig(figure, dpi=150)
         if met[0]:
             shares = targets.profile(targets.parts(*met))
             targets.draw(shares, figure.with_stem(f"{figure.stem}-targets"))
