@@ -385,7 +385,8 @@ def _images(name: str, size: Size) -> Case:
     return Case(functools.partial(images, name, size), needs, WHOLE_RATES)
 
 
-# CoLA is about grammar, which the last two layers have dropped from a sentence embedding.
+# CoLA is about grammar, which the last two layers have dropped from a sentence embedding; in 200
+# steps of 16 no setting learns it.
 CASES: dict[str, Case] = {
     "snippets, LoRA": _text("snippets", 24, 6, Size(1, 8, 200), adapters=True),
     "MRPC, LoRA": _text("MRPC", 48, 6, Size(1, 8, 120), adapters=True),
@@ -394,12 +395,13 @@ CASES: dict[str, Case] = {
     "MNIST": _images("MNIST", Size(1, 8, 200)),
     "CoLA, LoRA": _text("CoLA", 16, 4, Size(2, 16, 200), adapters=True),
     "CoLA, whole": _text("CoLA", 16, 4, Size(2, 16, 200)),
+    "CoLA, whole, longer": _text("CoLA", 16, 4, Size(2, 32, 400)),
     "Fashion-MNIST": _images("Fashion-MNIST", Size(1, 8, 200)),
     "E2E": Case(functools.partial(e2e, 128, Size(2, 8, 100)), "e2e", GPT_RATES),
 }
 UNSCORED = ("E2E",)  # judged by the loss alone: their score is −loss
 # The rule of `hidlr` was not looked at on these before it was settled.
-HELD_BACK = ("CoLA, whole", "Fashion-MNIST")
+HELD_BACK = ("CoLA, whole", "CoLA, whole, longer", "Fashion-MNIST")
 
 
 def available(source: Source) -> dict[str, Case]:
