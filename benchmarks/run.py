@@ -84,7 +84,7 @@ EXHIBITS: dict[str, Exhibit] = {
         "Figure 1",
         "quadratic_fit.py",
         "--report --figure {out}.png",
-        2,
+        1,
         {"quadratic.png": "quadratic-fit.png"},
     ),
     "toys": Exhibit(
@@ -104,11 +104,11 @@ EXHIBITS: dict[str, Exhibit] = {
         "--out {out} --seeds 3",
         "--out {out} --seeds 5 --steps 1000",
         None,
-        12,
+        20,
         {"multitask/yeast/influence-Hi-DLR.png": "yeast-influence.png"},
     ),
     "nam": _sized(
-        "Figures 5, 11 and 12", "nam.py", "--report --figure {out}.png", 20, {"nam.png": "nam.png"}
+        "Figures 5, 11 and 12", "nam.py", "--report --figure {out}.png", 40, {"nam.png": "nam.png"}
     ),
     "lora_toy": _sized(
         "Figure 13",
@@ -125,7 +125,7 @@ EXHIBITS: dict[str, Exhibit] = {
         " --rules hidlr 'first version, one at a time'",
         "--out {out}.json",
         None,
-        25,
+        8,
     ),
     "fine_tuning": Exhibit(
         "Tables 1 and 2, frozen lower layers",
@@ -161,7 +161,7 @@ EXHIBITS: dict[str, Exhibit] = {
         "--out {out} --steps 60 {e2e}",
         "--out {out} {e2e}",
         None,
-        60,
+        105,
         {
             "influence/influence-MiniLM-snippets.png": "peft-influence.png",
             "influence/influence-GPT-E2E.png": "peft-influence-gpt.png",
@@ -178,7 +178,7 @@ EXHIBITS: dict[str, Exhibit] = {
         60,
         {"rivals.png": "robustness.png", "rivals-targets.png": "robustness-targets.png"},
     ),
-    "ablations": _sized("what reviewers asked for", "ablations.py", "--report", 15, {}),
+    "ablations": _sized("what reviewers asked for", "ablations.py", "--report", 25, {}),
     "scripts": Exhibit(
         "public training scripts",
         "real_scripts.py",
