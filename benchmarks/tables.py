@@ -13,9 +13,12 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def mean_sd(values: Sequence[float] | np.ndarray, digits: int = 3, ddof: int = 0) -> str:
-    """Mean ± standard deviation: of these values, or with `ddof=1` as estimated from a sample."""
-    spread = np.std(values, ddof=min(ddof, len(values) - 1))
-    return f"{np.mean(values):.{digits}f} ± {spread:.{digits}f}"
+    """Mean ± standard deviation: of these values, or with `ddof=1` as estimated from a sample.
+
+    One value alone has no spread.
+    """
+    mean = f"{np.mean(values):.{digits}f}"
+    return f"{mean} ± {np.std(values, ddof=ddof):.{digits}f}" if len(values) > 1 else mean
 
 
 def finite_mean(values: Iterable[float]) -> float:
@@ -27,6 +30,4 @@ def finite_mean(values: Iterable[float]) -> float:
 def score(name: str, values: Sequence[float]) -> str:
     """Of one run or several; anything but a loss in percent."""
     factor, digits, unit = (1, 3, "") if name == "loss" else (100, 1, " %")
-    mean = f"{factor * np.mean(values):.{digits}f}"
-    spread = f" ± {factor * np.std(values):.{digits}f}" if len(values) > 1 else ""
-    return mean + spread + unit
+    return mean_sd(factor * np.asarray(values), digits) + unit
