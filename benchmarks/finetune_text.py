@@ -127,7 +127,8 @@ def methods(steps: int) -> list[training.Method]:
         "Hi-DLR": hd.hidlr(None, hd.label_by_role),
         "Hi-DLR, cosine": hd.hidlr(None, hd.label_by_role, **cosine),
     }
-    return found + training.untuned(rules)
+    untuned = training.untuned(rules)
+    return found + untuned + training.averaging([m for m in untuned if m.name == "Hi-DLR"])
 
 
 def main() -> None:

@@ -90,7 +90,8 @@ def methods(steps: int) -> list[training.Method]:
     for group, pattern in GROUPS.items():
         labels = functools.partial(hd.label_by_path, rules=((pattern, group),), default="rest")
         rules[f"Hi-DLR {group}/rest, cosine"] = hd.hidlr(None, labels, **cosine)
-    return found + training.untuned(rules)
+    untuned = training.untuned(rules)
+    return found + untuned + training.averaging([m for m in untuned if m.name == "Hi-ULR"])
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from checkpoints import Checkpoints
 from flax import nnx
+from rivals import averaged, keeping_average, last
 from store import Log
 from tables import markdown, score
 from tqdm import tqdm
@@ -57,12 +58,14 @@ class Method(NamedTuple):
       family: of the methods that share it, only the best on validation data goes through all seeds.
       tx: takes `rates` as an argument of its update, or finds its own.
       rates: step -> `{label: rate}` for `tx`.
+      evaluated: (state of tx, parameters) -> the parameters to judge by.
     """
 
     name: str
     family: str
     tx: optax.GradientTransformationExtraArgs
     rates: Rates = lambda step: {}
+    evaluated: Callable[[Any, Any], Any] = last
 
 
 def given_rates(param_labels: Callable[[Any], Any]) -> optax.GradientTransformationExtraArgs:
@@ -142,6 +145,15 @@ def untuned(rules: Mapping[str, optax.GradientTransformationExtraArgs]) -> list[
     return [Method(name, name, chain) for name, chain in chains.items()]
 
 
+def averaging(methods: Sequence[Method]) -> list[Method]:
+    """The same without a schedule, judged by the running average of their parameters."""
+    names = [f"{method.name}, averaged parameters" for method in methods]
+    return [
+        Method(name, name, keeping_average(method.tx), method.rates, averaged)
+        for name, method in zip(names, methods, strict=True)
+    ]
+
+
 def make_step(task: Task) -> Callable[..., dict[str, jax.Array]]:
     """The training step, compiled once for each optimizer."""
 
@@ -183,6 +195,9 @@ def train(
             rows = []
     log.write(rows)
     history = log.history(method.name, seed)
+    trained = nnx.state(model, task.wrt)
+    leaves = jax.tree.leaves(method.evaluated(optimizer.opt_state, trained))
+    nnx.update(model, jax.tree.unflatten(jax.tree.structure(trained), leaves))
     scores = {part: task.evaluate(model, part) for part in ("validation", "test")}
     log.write(
         [

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import zipfile
 
 import data
@@ -238,6 +239,29 @@ def test_a_run_that_was_cut_short_ends_as_if_it_had_not(tmp_path):
         assert resumed["train_loss"] == expected["train_loss"]
         assert [row["step"] for row in log.history(method.name, 1)] == list(range(12))
     assert not list((cut.out / "checkpoints").iterdir())
+
+
+def test_an_average_is_judged_in_place_of_the_last_parameters(tmp_path):
+    last = training.Method("given", "given", _given(), lambda n: {"all": 0.1})
+    step, seen = training.make_step(TASK), []
+
+    def evaluate(model, part):
+        seen.append(np.array(model.weight[...]))
+        return _evaluate(model, part)
+
+    def final_weight(method, steps):
+        args = _args(tmp_path / method.name / str(steps), steps=steps)
+        log = Log(args.out / "log.jsonl", {})
+        training.train(TASK._replace(evaluate=evaluate), method, 0, step, args, log)
+        return seen[-1]
+
+    path = [final_weight(last, steps) for steps in range(1, 7)]
+    # The t-th of n weighs Γ(t + γ)/Γ(t), up to a factor: the recursion of the average, unrolled.
+    weights = [math.gamma(t + 8) / math.gamma(t) for t in range(1, 7)]
+    (averaged,) = training.averaging([last])
+    assert averaged.name == averaged.family == "given, averaged parameters"
+    expected = np.average(path, axis=0, weights=weights)
+    np.testing.assert_allclose(final_weight(averaged, 6), expected, rtol=1e-5)
 
 
 def test_compare_tunes_on_one_seed_and_runs_the_best_on_all(tmp_path, monkeypatch):
