@@ -26,7 +26,7 @@ import hidlr_optax as hd
 import hidlr_optax.flax
 import hidlr_optax.plot
 
-_NOT_SETTINGS = ("out", "seeds", "checkpoint_every")  # what may change from one call to the next
+_NOT_SETTINGS = ("out", "seeds", "methods", "checkpoint_every")  # may change between calls
 
 Rates = Callable[[int], Mapping[str, float]]
 
@@ -310,8 +310,14 @@ def bad_input(parser: argparse.ArgumentParser) -> Iterator[None]:
 
 
 def offered(args: Any, methods: Sequence[Method]) -> list[Method]:
-    """All of the methods; with --quick, one baseline and one rule."""
-    return [methods[0], methods[-1]] if args.quick else list(methods)
+    """Those that --methods names; with --quick, one baseline and one rule of them."""
+    wanted = args.methods or [method.name for method in methods]
+    chosen = [method for method in methods if {method.name, method.family} & {*wanted}]
+    unknown = {*wanted} - {name for method in chosen for name in (method.name, method.family)}
+    if unknown:
+        known = ", ".join(f"'{method.name}'" for method in methods)
+        raise SystemExit(f"no method {sorted(unknown)}; there are {known}, and their families")
+    return [chosen[0], chosen[-1]] if args.quick else chosen
 
 
 def announce(
@@ -345,6 +351,7 @@ def arguments(description: str | None, out: str, steps: int) -> argparse.Argumen
     )
     parser.add_argument("--steps", type=int, default=steps, help="of each run")
     parser.add_argument("--seeds", type=int, default=1, help="for the best of each family")
+    parser.add_argument("--methods", nargs="+", help="these alone, or all of a family")
     parser.add_argument("--checkpoint-every", type=int, default=100, help="steps")
     parser.add_argument("--out", type=Path, default=Path(out), help="log, checkpoints and figures")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")

@@ -341,3 +341,14 @@ def test_arguments_out_of_range_are_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit), training.bad_input(parser):
         raise ValueError("what came")
     assert "what came" in capsys.readouterr().err
+
+
+def test_methods_are_offered_by_name_or_family():
+    methods = [*training.tuned("A", "constant", (0.1, 1.0), 10, _given(), {"u": 1.0}), _rule()]
+    args = argparse.Namespace(methods=["A", "rule"], quick=False)
+    assert training.offered(args, methods) == methods
+    args.methods = ["A 1"]
+    assert training.offered(args, methods) == [methods[1]]
+    args.methods = ["A 2"]
+    with pytest.raises(SystemExit, match=r"no method \['A 2'\]; there are 'A 0.1', 'A 1', 'rule'"):
+        training.offered(args, methods)
