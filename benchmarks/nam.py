@@ -28,6 +28,8 @@ import optax
 import rivals
 import sklearn.metrics
 import workloads
+from cycler import cycler
+from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
 from store import Job, Row, Store, arguments, rounded
 from tables import finite_mean, markdown, mean_sd
@@ -323,6 +325,7 @@ def draw(rows: list[Row], path: Path) -> None:
     grid = figure.subplots(len(names), 4, squeeze=False)
     for name, (curves, rates, influence, learned) in zip(names, grid, strict=True):
         runs = chosen(rows, name)
+        curves.set_prop_cycle(cycler(linestyle=("-", "--", ":")) * cycler(color=TABLEAU_COLORS))
         for method, found in runs.items():
             ways = np.array([row["test"] for row in found])
             epochs = np.arange(1, CHECKS + 1) * found[0]["epochs"] / CHECKS
@@ -331,7 +334,7 @@ def draw(rows: list[Row], path: Path) -> None:
         curves.set(yscale="log", xlabel="epoch", ylabel="test loss", title=name)
         ends = [row["test"][place] for found in runs.values() for row in found for place in (0, -1)]
         curves.set_ylim(0.9 * np.nanmin(ends), float(np.nanmedian(ends[::2])))
-        curves.legend(fontsize=6)
+        curves.legend(fontsize=6, loc="upper right", bbox_to_anchor=(-0.18, 1))
         (row, *_) = runs["hidlr, cosine"]
         epochs = np.arange(1, CHECKS + 1) * row["epochs"] / CHECKS
         labels = ["β", *(f"f{k + 1}" for k in range(len(row["rates"][0]) - 1))]

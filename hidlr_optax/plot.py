@@ -3,6 +3,7 @@
 Figures are made without pyplot, so none has to be closed: `figure.savefig(path)`.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -255,9 +256,12 @@ def pareto(plans: Iterable[Plan], value: Value = "total") -> Figure:
     axes.step(sizes, worth, where="post", color="tab:blue", linewidth=1)
     axes.plot(sizes, worth, "o", color="tab:blue", markersize=4)
     if len(front) <= _MOST_NAMED:
+        # Both sides of a rising staircase are free: names run towards the middle of the panel.
+        middle = math.sqrt(sizes[0] * sizes[-1])
         for plan, before, x, y in zip(front, [None, *front], sizes, worth, strict=False):
-            text = _difference(plan, before)
-            axes.annotate(text, (x, y), (4, -10), textcoords="offset points", fontsize="x-small")
+            side, offset = ("right", (-4, 3)) if x > middle else ("left", (4, -10))
+            text, how = _difference(plan, before), {"textcoords": "offset points", "ha": side}
+            axes.annotate(text, (x, y), offset, fontsize="x-small", **how)
     axes.set(xscale="log", xlabel="trainable parameters", ylabel=f"{value} influence")
     axes.margins(x=0.15)
     return figure

@@ -106,6 +106,17 @@ def test_pareto_draws_influence_over_parameters_and_names_what_each_plan_adds(va
     assert (axes.get_xscale(), axes.get_ylabel()) == ("log", f"{value} influence")
 
 
+def test_names_of_plans_stay_inside_the_panel():
+    found = _found(head=(10, 1.0), embedding=(10**7, 3.0), lora_A=(10**4, 0.5), rest=(10**8, 5.0))
+    figure = plot.pareto(hd.peft.pareto(found))
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    assert len(axes.texts) > 4
+    for text in axes.texts:
+        frame, extent = axes.get_window_extent(), text.get_window_extent()
+        assert frame.x0 < extent.x0 < extent.x1 < frame.x1, text.get_text()
+
+
 def test_pareto_of_many_plans_names_none_and_of_no_plan_is_refused():
     found = _found(**{f"g{k}": (2**k, 2.0**k) for k in range(5)})
     (axes,) = plot.pareto(hd.peft.pareto(found)).axes
