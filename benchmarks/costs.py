@@ -1,5 +1,6 @@
-"""Training steps with and without `hidlr`: compiled, timed beside each other, and their memory."""
+"""What `hidlr` costs: looks at the loss by counting, and steps timed beside each other."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -10,8 +11,48 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import hidlr_optax as hd
+
 FINDING = 20  # steps with a refresh at each
 WARM = FINDING + 1  # steps before the clock starts: every branch has run
+CHECKS = 3  # refreshes at which `hidlr` compares value and gradient
+SPLIT = 4  # `hold` measures the single groups at every fourth refresh
+STEP = 3  # forward passes that a step is worth: one, and twice as much work backward
+
+
+class Looks(NamedTuple):
+    """How often a run looks at the loss beside its steps.
+
+    Attributes:
+      forwards: evaluations.
+      gradients: evaluations with a gradient.
+      tangents: evaluations with a derivative along one direction.
+    """
+
+    forwards: int
+    gradients: int = 0
+    tangents: int = 0
+
+    @property
+    def forward_passes(self) -> int:
+        """In evaluations: a gradient is worth as many as a step, a tangent two."""
+        return self.forwards + STEP * self.gradients + 2 * self.tangents
+
+
+def looks(groups: int, interval: int, steps: int) -> Looks:
+    """Of `hold`, the default rule.
+
+    The looks ahead that the guard calls for come on top; there is none where the loss does not
+    jump.
+    """
+    count = sum(hd.is_due(step, interval, FINDING) for step in range(steps))
+    return Looks(count + FINDING, -(-count // SPLIT) if groups > 1 else 0, 2 * CHECKS)
+
+
+def probe_looks(per_group: int, groups: int, interval: int, warmup: int, steps: int) -> Looks:
+    """Of a rule that probes every group at every refresh, with slopes that cost nothing."""
+    due = [hd.is_due(step, interval, warmup, widen_after=math.inf) for step in range(steps)]
+    return Looks(per_group * groups * sum(due))
 
 
 class Problem(NamedTuple):

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from costs import FINDING, Problem, bare, behind_adamw, beside, program
+from costs import FINDING, Problem, bare, behind_adamw, beside, looks, program
 from flax import nnx
 from models import gpt
 from tables import markdown
@@ -34,8 +34,6 @@ import hidlr_optax as hd
 GROUPS, INTERVALS = (1, 3, 10, 40), (1, 4, 10, 40)
 STEPS = 1000  # of a run
 LENGTHS = (1000, 10_000, 100_000)  # of runs, for what the default adds to their FLOPs
-CHECKS = 3  # refreshes at which `hidlr` compares value and gradient
-SPLIT = 4  # `hold` measures the single groups at every fourth refresh
 
 
 def transformer(size: int = 8) -> Problem:
@@ -167,9 +165,7 @@ def flops(fn: Any, *args: Any) -> float:
 def default_flops(groups: int, problem: Problem, base: Any) -> dict[tuple[int, int], float]:
     """What the default adds to the FLOPs of AdamW, as a part of these: (Φ, steps of a run) -> it.
 
-    The forward passes and gradients of its looks, the inner products of every refresh and the one
-    of every step, and the three comparisons of value, gradient and noise, by two tangents each. The
-    looks ahead that the guard calls for come on top; there is none where the loss does not jump.
+    Its looks at the loss, the inner products of every refresh, and the one of every step.
     """
     params, batch = problem.params, problem.batch(0)
     forward, gradient = (flops(fn, params, batch) for fn in (problem.loss, jax.grad(problem.loss)))
@@ -178,12 +174,12 @@ def default_flops(groups: int, problem: Problem, base: Any) -> dict[tuple[int, i
     whole = base.step.cost_analysis()["flops"]
 
     def added(interval: int, steps: int) -> float:
-        count = refreshes(interval, steps=steps)
-        splits = -(-count // SPLIT) if groups > 1 else 0
+        looked, count = looks(groups, interval, steps), refreshes(interval, steps=steps)
         # Per refresh: two slopes, one of them twice, the six products of `preconditioned`, the
         # length of the parameters, whether updates are finite, and whether they are zero.
-        looks = (count + FINDING) * forward + splits * gradient + 12 * count * product
-        return (looks + 2 * CHECKS * tangent + steps * product) / (steps * whole)
+        products = (12 * count + steps) * product
+        work = looked.forwards * forward + looked.gradients * gradient + looked.tangents * tangent
+        return (work + products) / (steps * whole)
 
     settings = [(interval, steps) for interval in INTERVALS for steps in LENGTHS]
     return {setting: added(*setting) for setting in settings}

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import targets
+from costs import FINDING, STEP, Looks, looks, probe_looks
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from rivals import OTHERS, gen_hidlr, keeping_average
@@ -115,10 +116,17 @@ Factory = Callable[..., Any]  # (workload, labels, rate, interval, schedule) -> 
 
 
 class Method(NamedTuple):
-    """A rule for the rates of a case's optimizer, and the schedule that it is given."""
+    """A rule for the rates of a case's optimizer.
+
+    Attributes:
+      factory: of the rule.
+      schedule: that it is given.
+      looks: (groups, interval, steps) -> at the loss, by which its steps are weighed.
+    """
 
     factory: Factory
     schedule: str | None = None
+    looks: Callable[[int, int, int], Looks] = looks
 
 
 def _hidlr(one: bool = False, **settings: Any) -> Factory:
@@ -149,6 +157,13 @@ def _gen(workload: Workload, labels: Any, rate: Any, interval: Any, schedule: An
     return gen_hidlr(workload.loss, labels, init_learning_rate=rate, update_interval=interval)
 
 
+def _looks(per_group: int, warmup: int) -> Callable[[int, int, int], Looks]:
+    def of_run(groups: int, interval: int, steps: int) -> Looks:
+        return probe_looks(per_group, groups, interval, warmup, steps)
+
+    return of_run
+
+
 _DEFAULT, _ONE = _hidlr(), _hidlr(one=True)
 # The default of version one: lagged slopes, two probes of each group, a box around the minimum.
 _FIRST = _hidlr(solver=hd.coupled(), curvature=hd.probes(batch_size=1))
@@ -159,10 +174,10 @@ RULES: dict[str, Method] = {
     "hidlr": Method(_DEFAULT),
     "Hi-ULR, cosine": Method(_ONE, "cosine"),
     "Hi-ULR": Method(_ONE),
-    "first version, cosine": Method(_FIRST, "cosine"),
-    "first version": Method(_FIRST),
-    "Algorithm 1": Method(_paper),
-    "Algorithm 1, smoothed": Method(_gen),
+    "first version, cosine": Method(_FIRST, "cosine", _looks(2, FINDING)),
+    "first version": Method(_FIRST, None, _looks(2, FINDING)),
+    "Algorithm 1": Method(_paper, None, _looks(4, 0)),
+    "Algorithm 1, smoothed": Method(_gen, None, _looks(4, 0)),
 }
 _EVERYWHERE = ("hidlr, cosine", "hidlr")  # in the suite "paper", with every direction
 ABLATIONS: dict[str, Method] = {
@@ -221,7 +236,7 @@ def grid_job(name: str, optimizer: str, schedule: str, steps: int | None) -> Job
 
 @functools.lru_cache(maxsize=2)  # those of a whole suite do not fit into the memory of a process
 def case_runner(factory: Factory, case: Case, steps: int | None) -> Callable[..., Any]:
-    """(rate, the schedule's factors, key) -> losses, and how often the guard stepped in.
+    """(rate, the schedule's factors, key) -> losses, the guard's cuts, and the last metrics.
 
     The schedule is an argument, so that all of them share one compilation.
     """
@@ -237,7 +252,8 @@ def case_runner(factory: Factory, case: Case, steps: int | None) -> Callable[...
             losses[AVERAGED + name] = workload.loss(average.params, batch)
         rates = optax.tree.get(state, "group_learning_rates", {"all": jnp.zeros(())})
         peak = jnp.exp(jnp.mean(jnp.log(jnp.stack(list(rates.values())))))
-        return losses | {"rate": peak}, optax.tree.get(state, "cuts", jnp.zeros((), jnp.int32))
+        cuts = optax.tree.get(state, "cuts", jnp.zeros((), jnp.int32))
+        return losses | {"rate": peak}, cuts, hd.metrics(state)
 
     return jax.jit(run)
 
@@ -251,8 +267,12 @@ def case_job(name: str, method: Method, case: Case, steps: int | None) -> Job:
         curve = jnp.stack([jnp.float32(shape(step)) for step in range(length)])
         rate = jnp.float32(USUAL[case.optimizer] * case.scale)
         runner = case_runner(method.factory, case, steps)
-        losses, cuts = runner(rate, curve, jax.random.key(seed))
-        return [plain(losses) | {"cuts": int(cuts)}]
+        losses, cuts, metrics = runner(rate, curve, jax.random.key(seed))
+        groups = sum(name.startswith("learning_rate/") for name in metrics)
+        looked = method.looks(groups, case.interval, length)
+        work = {"forwards a step": STEP + looked.forward_passes / length}
+        # Of each group: rate, slope, curvature, influence, and what became of its last refresh.
+        return [plain(losses) | {"cuts": int(cuts), "metrics": plain(metrics)} | work]
 
     return Job({"method": name} | case._asdict(), execute)
 

@@ -1,18 +1,20 @@
-"""Steps to a target, by the rules of AlgoPerf, from rows of robustness.py: AdamW's direction.
+"""Steps and work to a target, by AlgoPerf's rules, from rows of robustness.py: AdamW's direction.
 
 The target of a workload is the validation loss that the worst of four tuned schedules ends at:
 constant, linear, cosine, and cosine after a warm-up, each with the best of seven rates by its last
 validation loss. What counts is the first of twenty checks that meets it, as a part of the run; of
 seeds the median, and a run that never does counts as infinite. A profile says on which share of the
 workloads a method needs no more than τ times the steps of the fastest; its score is the mean of
-that share over τ from 1 to 4.
+that share over τ from 1 to 4. In forward passes, a step is worth three, and a rule's looks at the
+loss come on top.
 """
 
 import collections
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
+from costs import STEP
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from store import Row
@@ -63,12 +65,26 @@ def part(row: Row, target: float) -> float:
     return (met[0] + 1) / len(row["curve"]) if len(met) else np.inf
 
 
-def parts(found: Runs, targets: dict[str, float]) -> dict[str, np.ndarray]:
-    """Method -> the median part on each workload; infinite where it has not run."""
+def steps(row: Row) -> float:
+    """What a step of a run costs, in steps."""
+    del row
+    return 1.0
+
+
+def forward_passes(row: Row) -> float:
+    """What a step of a run costs, in forward passes."""
+    return row.get("forwards a step", STEP)
+
+
+def parts(
+    found: Runs, targets: dict[str, float], price: Callable[[Row], float] = steps
+) -> dict[str, np.ndarray]:
+    """Method -> the median part on each workload times its price; infinite where it has not run."""
     methods = dict.fromkeys(method for here in found.values() for method in here)
 
     def median(workload: str, method: str) -> float:
-        seeds = [part(row, targets[workload]) for row in found[workload].get(method, [])]
+        same = found[workload].get(method, [])
+        seeds = [part(row, targets[workload]) * price(row) for row in same]
         return float(np.median(seeds)) if seeds else np.inf
 
     return {method: np.array([median(name, method) for name in found]) for method in methods}
@@ -87,7 +103,7 @@ def profile(all_parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def table(found: Runs, targets: dict[str, float]) -> str:
     """Markdown, the best score first; a part per workload, in percent."""
     all_parts = parts(found, targets)
-    shares = profile(all_parts)
+    shares, by_work = profile(all_parts), profile(parts(found, targets, forward_passes))
     order = sorted(all_parts, key=lambda method: -shares[method].mean())
 
     def told(x: float) -> str:
@@ -97,12 +113,13 @@ def table(found: Runs, targets: dict[str, float]) -> str:
         [
             method,
             f"{shares[method].mean():.2f}",
+            f"{by_work[method].mean():.2f}",
             f"{np.isfinite(all_parts[method]).sum()} of {len(found)}",
             *map(told, all_parts[method]),
         ]
         for method in order
     ]
-    return markdown(["method", "score", "met", *found], lines)
+    return markdown(["method", "score", "by forward passes", "met", *found], lines)
 
 
 def draw(shares: dict[str, np.ndarray], path: Path) -> None:

@@ -260,8 +260,9 @@ def pareto(plans: Iterable[Plan], value: Value = "total") -> Figure:
         middle = math.sqrt(sizes[0] * sizes[-1])
         for plan, before, x, y in zip(front, [None, *front], sizes, worth, strict=False):
             side, offset = ("right", (-4, 3)) if x > middle else ("left", (4, -10))
-            text, how = _difference(plan, before), {"textcoords": "offset points", "ha": side}
-            axes.annotate(text, (x, y), offset, fontsize="x-small", **how)
+            text = _difference(plan, before)
+            label = axes.annotate(text, (x, y), offset, textcoords="offset points")
+            label.set(fontsize="x-small", ha=side)
     axes.set(xscale="log", xlabel="trainable parameters", ylabel=f"{value} influence")
     axes.margins(x=0.15)
     return figure
