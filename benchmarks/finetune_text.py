@@ -122,10 +122,12 @@ def methods(steps: int) -> list[training.Method]:
     plus = one | {"lora_B": LORA_PLUS}
     found += training.tuned("LoRA+, warm-up", "warm-up", LOWER, steps, given, plus)
     cosine: dict[str, Any] = {"schedule": optax.cosine_decay_schedule(1.0, steps)}
+    warm: dict[str, Any] = {"schedule": training.SCHEDULES["warm-up"](steps)}
     rules = {
         "Hi-ULR, cosine": hd.hiulr(None, **cosine),
         "Hi-DLR": hd.hidlr(None, hd.label_by_role),
         "Hi-DLR, cosine": hd.hidlr(None, hd.label_by_role, **cosine),
+        "Hi-DLR, warm-up": hd.hidlr(None, hd.label_by_role, **warm),
     }
     untuned = training.untuned(rules)
     return found + untuned + training.averaging([m for m in untuned if m.name == "Hi-DLR"])

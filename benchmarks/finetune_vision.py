@@ -86,10 +86,16 @@ def methods(steps: int) -> list[training.Method]:
     given = optax.chain(optax.adamw(1.0), training.given_rates(training.label_all))
     found = training.baselines(GRID, steps, given, {"all": 1.0})
     cosine: dict[str, Any] = {"schedule": optax.cosine_decay_schedule(1.0, steps)}
-    rules = {"Hi-ULR": hd.hiulr(None), "Hi-ULR, cosine": hd.hiulr(None, **cosine)}
+    warm: dict[str, Any] = {"schedule": training.SCHEDULES["warm-up"](steps)}
+    rules = {
+        "Hi-ULR": hd.hiulr(None),
+        "Hi-ULR, cosine": hd.hiulr(None, **cosine),
+        "Hi-ULR, warm-up": hd.hiulr(None, **warm),
+    }
     for group, pattern in GROUPS.items():
         labels = functools.partial(hd.label_by_path, rules=((pattern, group),), default="rest")
         rules[f"Hi-DLR {group}/rest, cosine"] = hd.hidlr(None, labels, **cosine)
+        rules[f"Hi-DLR {group}/rest, warm-up"] = hd.hidlr(None, labels, **warm)
     untuned = training.untuned(rules)
     return found + untuned + training.averaging([m for m in untuned if m.name == "Hi-ULR"])
 
