@@ -28,7 +28,7 @@ import optax
 import rivals
 import sklearn.metrics
 import workloads
-from cycler import cycler
+from matplotlib import cycler
 from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
 from store import Job, Row, Store, arguments, rounded
