@@ -331,10 +331,10 @@ def draw(rows: list[Row], path: Path) -> None:
             epochs = np.arange(1, CHECKS + 1) * found[0]["epochs"] / CHECKS
             (line,) = curves.plot(epochs, ways.mean(0), label=method, linewidth=1)
             curves.fill_between(epochs, ways.min(0), ways.max(0), color=line.get_color(), alpha=0.1)
-        curves.set(yscale="log", xlabel="epoch", ylabel="test loss", title=name)
+        curves.set(yscale="log", xlabel="epoch", title=f"{name}: test loss")
         ends = [row["test"][place] for found in runs.values() for row in found for place in (0, -1)]
         curves.set_ylim(0.9 * np.nanmin(ends), float(np.nanmedian(ends[::2])))
-        curves.legend(fontsize=6, loc="upper right", bbox_to_anchor=(-0.18, 1))
+        curves.legend(fontsize=6, loc="upper right", bbox_to_anchor=(-0.2, 1))
         (row, *_) = runs["hidlr, cosine"]
         epochs = np.arange(1, CHECKS + 1) * row["epochs"] / CHECKS
         labels = ["β", *(f"f{k + 1}" for k in range(len(row["rates"][0]) - 1))]
