@@ -55,6 +55,7 @@ RULES: dict[str, Factory] = {
     "hidlr": _hidlr(),
     "hidlr" + AVERAGED: _hidlr(),
     "hidlr, cosine": _hidlr("cosine"),
+    "hidlr, warm-up": _hidlr("warm-up"),
     "hidlr, one rate": _hidlr(one=True),
     "hidlr, one rate" + AVERAGED: _hidlr(one=True),
     "hidlr, one rate, cosine": _hidlr("cosine", one=True),
