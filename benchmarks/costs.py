@@ -39,20 +39,25 @@ class Looks(NamedTuple):
         return self.forwards + STEP * self.gradients + 2 * self.tangents
 
 
+def refreshes(interval: int, steps: int, warmup: int = FINDING, **widens: Any) -> int:
+    """Of a run; `widen_after` as `hd.is_due` takes it."""
+    return sum(hd.is_due(step, interval, warmup, **widens) for step in range(steps))
+
+
 def looks(groups: int, interval: int, steps: int) -> Looks:
     """Of `hold`, the default rule.
 
     The looks ahead that the guard calls for come on top; there is none where the loss does not
     jump.
     """
-    count = sum(hd.is_due(step, interval, FINDING) for step in range(steps))
+    count = refreshes(interval, steps)
     return Looks(count + FINDING, -(-count // SPLIT) if groups > 1 else 0, 2 * CHECKS)
 
 
-def probe_looks(per_group: int, groups: int, interval: int, warmup: int, steps: int) -> Looks:
-    """Of a rule that probes every group at every refresh, with slopes that cost nothing."""
-    due = [hd.is_due(step, interval, warmup, widen_after=math.inf) for step in range(steps)]
-    return Looks(per_group * groups * sum(due))
+def probe_looks(probes: Any, warmup: int, groups: int, interval: int, steps: int) -> Looks:
+    """Of a rule with the estimator `probes`, and slopes that cost nothing."""
+    count = refreshes(interval, steps, warmup, widen_after=math.inf)
+    return Looks(probes.forward_passes(groups) * count)
 
 
 class Problem(NamedTuple):

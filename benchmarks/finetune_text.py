@@ -121,7 +121,7 @@ def methods(steps: int) -> list[training.Method]:
     found = training.baselines(GRID, steps, given, one)
     plus = one | {"lora_B": LORA_PLUS}
     found += training.tuned("LoRA+, warm-up", "warm-up", LOWER, steps, given, plus)
-    cosine: dict[str, Any] = {"schedule": optax.cosine_decay_schedule(1.0, steps)}
+    cosine: dict[str, Any] = {"schedule": training.SCHEDULES["cosine"](steps)}
     warm: dict[str, Any] = {"schedule": training.SCHEDULES["warm-up"](steps)}
     rules = {
         "Hi-ULR, cosine": hd.hiulr(None, **cosine),

@@ -85,7 +85,7 @@ def methods(steps: int) -> list[training.Method]:
     """Tuned baselines, and rules that need no tuning."""
     given = optax.chain(optax.adamw(1.0), training.given_rates(training.label_all))
     found = training.baselines(GRID, steps, given, {"all": 1.0})
-    cosine: dict[str, Any] = {"schedule": optax.cosine_decay_schedule(1.0, steps)}
+    cosine: dict[str, Any] = {"schedule": training.SCHEDULES["cosine"](steps)}
     warm: dict[str, Any] = {"schedule": training.SCHEDULES["warm-up"](steps)}
     rules = {
         "Hi-ULR": hd.hiulr(None),

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 import training
 from pretrained import HELD_BACK, UNSCORED, Source, available
-from rivals import OTHERS, averaged, keeping_average, last
+from rivals import AVERAGED, OTHERS, averaged, keeping_average, last
 from store import Job, Row, Store, shard
 from tables import markdown, mean_sd
 from tqdm import tqdm
@@ -50,7 +50,6 @@ def _hidlr(schedule: str = "constant", one: bool = False, **settings: Any) -> Fa
 
 
 # Behind AdamW at rate one.
-AVERAGED = ", averaged parameters"  # what a run without a schedule is to be judged by
 RULES: dict[str, Factory] = {
     "hidlr": _hidlr(),
     "hidlr" + AVERAGED: _hidlr(),

@@ -28,7 +28,6 @@ import optax
 import rivals
 import sklearn.metrics
 import workloads
-from matplotlib import cycler
 from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
 from store import Job, Row, Store, arguments, rounded
@@ -321,11 +320,13 @@ def table(rows: list[Row], name: str) -> str:
 def draw(rows: list[Row], path: Path) -> None:
     """Per problem: test losses, rates and influences by group, and the shapes that were learned."""
     names = [name for name in PROBLEMS if any(row["problem"] == name for row in rows)]
+    colours = list(TABLEAU_COLORS)
     figure = Figure(figsize=(16, 4 * len(names)), layout="constrained")
     grid = figure.subplots(len(names), 4, squeeze=False)
     for name, (curves, rates, influence, learned) in zip(names, grid, strict=True):
         runs = chosen(rows, name)
-        curves.set_prop_cycle(cycler(linestyle=("-", "--", ":")) * cycler(color=TABLEAU_COLORS))
+        styles = np.repeat(["-", "--", ":"], len(colours))
+        curves.set_prop_cycle(color=3 * colours, linestyle=styles)
         for method, found in runs.items():
             ways = np.array([row["test"] for row in found])
             epochs = np.arange(1, CHECKS + 1) * found[0]["epochs"] / CHECKS

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from costs import FINDING, Problem, bare, behind_adamw, beside, looks, program
+from costs import Problem, bare, behind_adamw, beside, looks, program, refreshes
 from flax import nnx
 from models import gpt
 from tables import markdown
@@ -124,11 +124,11 @@ RULES: dict[str, Callable[[Problem, Any], Any]] = {
 }
 
 
-def refreshes(interval: int, rule: str = "hidlr", steps: int = STEPS) -> int:
-    """Of a run; the interval of `hold` widens."""
+def share_of_refreshes(interval: int, rule: str) -> float:
+    """Of the steps of a run; the interval of `hold` widens."""
     is_hold = rule in ("hidlr", "parabola", "hessian", "Gauss-Newton")
-    settings = {} if is_hold else {"widen_after": math.inf}
-    return sum(hd.is_due(step, interval, FINDING, **settings) for step in range(steps))
+    widens: dict[str, Any] = {} if is_hold else {"widen_after": math.inf}
+    return refreshes(interval, STEPS, **widens) / STEPS
 
 
 def measure(
@@ -139,7 +139,7 @@ def measure(
     with_refresh, without = program(tx, problem), program(tx, problem, refresh=False)
     times = [beside(base, p, problem, repeats, cycle) for p in (with_refresh, without)]
     slow, fast = (1 / time.relative_speed for time in times)
-    shares = {interval: refreshes(interval, name) / STEPS for interval in INTERVALS}
+    shares = {interval: share_of_refreshes(interval, name) for interval in INTERVALS}
     return {
         "rule": name,
         "groups": groups,
@@ -174,7 +174,7 @@ def default_flops(groups: int, problem: Problem, base: Any) -> dict[tuple[int, i
     whole = base.step.cost_analysis()["flops"]
 
     def added(interval: int, steps: int) -> float:
-        looked, count = looks(groups, interval, steps), refreshes(interval, steps=steps)
+        looked, count = looks(groups, interval, steps), refreshes(interval, steps)
         # Per refresh: two slopes, one of them twice, the six products of `preconditioned`, the
         # length of the parameters, whether updates are finite, and whether they are zero.
         products = (12 * count + steps) * product

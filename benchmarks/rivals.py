@@ -18,6 +18,7 @@ import hidlr_optax as hd
 SMOOTHING = 0.9
 LEAST_FIT = 0.99  # R² under which a fit is thrown away
 CLAMP = 10.0  # how far from the current rate the minimum of a fit may lie
+AVERAGED = ", averaged parameters"  # after the name of what is judged by them
 _DRAWS = hd.probes("gaussian", per_group=4, batch_size=1)
 
 

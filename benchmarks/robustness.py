@@ -28,7 +28,7 @@ import targets
 from costs import FINDING, STEP, Looks, looks, probe_looks
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from rivals import OTHERS, gen_hidlr, keeping_average
+from rivals import AVERAGED, OTHERS, gen_hidlr, keeping_average
 from store import Job, Store, identity, shard
 from tables import finite_mean
 from training import SCHEDULES
@@ -157,16 +157,12 @@ def _gen(workload: Workload, labels: Any, rate: Any, interval: Any, schedule: An
     return gen_hidlr(workload.loss, labels, init_learning_rate=rate, update_interval=interval)
 
 
-def _looks(per_group: int, warmup: int) -> Callable[[int, int, int], Looks]:
-    def of_run(groups: int, interval: int, steps: int) -> Looks:
-        return probe_looks(per_group, groups, interval, warmup, steps)
-
-    return of_run
-
-
 _DEFAULT, _ONE = _hidlr(), _hidlr(one=True)
 # The default of version one: lagged slopes, two probes of each group, a box around the minimum.
 _FIRST = _hidlr(solver=hd.coupled(), curvature=hd.probes(batch_size=1))
+
+_FIRST_LOOKS = functools.partial(probe_looks, hd.probes(), FINDING)
+_PAPER_LOOKS = functools.partial(probe_looks, hd.probes("gaussian", per_group=4), 0)
 
 # Every rule that takes the direction of the case's optimizer and its other settings.
 RULES: dict[str, Method] = {
@@ -174,10 +170,10 @@ RULES: dict[str, Method] = {
     "hidlr": Method(_DEFAULT),
     "Hi-ULR, cosine": Method(_ONE, "cosine"),
     "Hi-ULR": Method(_ONE),
-    "first version, cosine": Method(_FIRST, "cosine", _looks(2, FINDING)),
-    "first version": Method(_FIRST, None, _looks(2, FINDING)),
-    "Algorithm 1": Method(_paper, None, _looks(4, 0)),
-    "Algorithm 1, smoothed": Method(_gen, None, _looks(4, 0)),
+    "first version, cosine": Method(_FIRST, "cosine", _FIRST_LOOKS),
+    "first version": Method(_FIRST, None, _FIRST_LOOKS),
+    "Algorithm 1": Method(_paper, None, _PAPER_LOOKS),
+    "Algorithm 1, smoothed": Method(_gen, None, _PAPER_LOOKS),
 }
 _EVERYWHERE = ("hidlr, cosine", "hidlr")  # in the suite "paper", with every direction
 ABLATIONS: dict[str, Method] = {
@@ -194,7 +190,7 @@ ABLATIONS: dict[str, Method] = {
     }.items()
     for schedule in ("cosine", None)
 }
-AVERAGED = "averaged "  # prefix of the losses of averaged parameters, in a row beside the others
+_OF_AVERAGE = "averaged "  # prefix of the losses of averaged parameters, in a row beside the others
 
 
 @functools.cache
@@ -236,7 +232,7 @@ def grid_job(name: str, optimizer: str, schedule: str, steps: int | None) -> Job
 
 @functools.lru_cache(maxsize=2)  # those of a whole suite do not fit into the memory of a process
 def case_runner(factory: Factory, case: Case, steps: int | None) -> Callable[..., Any]:
-    """(rate, the schedule's factors, key) -> losses, the guard's cuts, and the last metrics.
+    """(rate, the schedule's factors, key) -> losses, and the last metrics.
 
     The schedule is an argument, so that all of them share one compilation.
     """
@@ -249,11 +245,10 @@ def case_runner(factory: Factory, case: Case, steps: int | None) -> Callable[...
         tx = optax.chain(OPTIMIZERS[case.optimizer](), rule)
         losses, (state, average) = train(workload, keeping_average(tx), key, checks=CHECKS)
         for name, batch in workload.splits.items():
-            losses[AVERAGED + name] = workload.loss(average.params, batch)
+            losses[_OF_AVERAGE + name] = workload.loss(average.params, batch)
         rates = optax.tree.get(state, "group_learning_rates", {"all": jnp.zeros(())})
         peak = jnp.exp(jnp.mean(jnp.log(jnp.stack(list(rates.values())))))
-        cuts = optax.tree.get(state, "cuts", jnp.zeros((), jnp.int32))
-        return losses | {"rate": peak}, cuts, hd.metrics(state)
+        return losses | {"rate": peak}, hd.metrics(state)
 
     return jax.jit(run)
 
@@ -267,12 +262,12 @@ def case_job(name: str, method: Method, case: Case, steps: int | None) -> Job:
         curve = jnp.stack([jnp.float32(shape(step)) for step in range(length)])
         rate = jnp.float32(USUAL[case.optimizer] * case.scale)
         runner = case_runner(method.factory, case, steps)
-        losses, cuts, metrics = runner(rate, curve, jax.random.key(seed))
+        losses, metrics = runner(rate, curve, jax.random.key(seed))
         groups = sum(name.startswith("learning_rate/") for name in metrics)
         looked = method.looks(groups, case.interval, length)
-        work = {"forwards a step": STEP + looked.forward_passes / length}
+        forwards = STEP + looked.forward_passes / length
         # Of each group: rate, slope, curvature, influence, and what became of its last refresh.
-        return [plain(losses) | {"cuts": int(cuts), "metrics": plain(metrics)} | work]
+        return [plain(losses) | {"metrics": plain(metrics), "forwards a step": forwards}]
 
     return Job({"method": name} | case._asdict(), execute)
 
@@ -345,7 +340,6 @@ def _mean(rows: list[dict[str, Any]], split: str) -> float:
     return finite_mean(row[split] for row in rows)
 
 
-_AVERAGED = ", averaged parameters"  # what their losses are reported as
 Runs = dict[Any, list[dict[str, Any]]]
 
 
@@ -421,8 +415,8 @@ def outcomes(rows: list[dict[str, Any]]) -> dict[str, list[Outcome]]:
         tuned = best[workload, optimizer or "AdamW"]
         found[method].append(_outcome(key[1:], repeats, tuned, ""))
         if method in ("hidlr", "Hi-ULR"):
-            average = _outcome(key[1:], repeats, tuned, AVERAGED)
-            found[method + _AVERAGED].append(average)
+            average = _outcome(key[1:], repeats, tuned, _OF_AVERAGE)
+            found[method + AVERAGED].append(average)
     return found
 
 
@@ -551,7 +545,7 @@ def toys(rows: list[dict[str, Any]]) -> str:
 def report(rows: list[dict[str, Any]], figure: Path | None, details: bool) -> None:
     """Prints the tables and draws the profile."""
     found = outcomes(rows)
-    averaged = [name for name in found if name.endswith(_AVERAGED)]
+    averaged = [name for name in found if name.endswith(AVERAGED)]
     rules = {name: found[name] for name in (*RULES, *averaged) if name in found}
     most = max(map(len, rules.values()), default=0)
     everywhere = {name: those for name, those in rules.items() if len(those) == most}

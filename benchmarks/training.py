@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from checkpoints import Checkpoints
 from flax import nnx
-from rivals import averaged, keeping_average, last
+from rivals import AVERAGED, averaged, keeping_average, last
 from store import Log
 from tables import markdown, score
 from tqdm import tqdm
@@ -147,7 +147,7 @@ def untuned(rules: Mapping[str, optax.GradientTransformationExtraArgs]) -> list[
 
 def averaging(methods: Sequence[Method]) -> list[Method]:
     """The same without a schedule, judged by the running average of their parameters."""
-    names = [f"{method.name}, averaged parameters" for method in methods]
+    names = [method.name + AVERAGED for method in methods]
     return [
         Method(name, name, keeping_average(method.tx), method.rates, averaged)
         for name, method in zip(names, methods, strict=True)
