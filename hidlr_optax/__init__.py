@@ -1,6 +1,6 @@
 """Hessian-informed differential learning rates for Optax (Hi-DLR, arXiv 2501.06954)."""
 
-from hidlr_optax import averaging, curvature, influence, peft, solvers
+from hidlr_optax import averaging, curvature, influence, paper, peft, solvers
 from hidlr_optax._explain import explain
 from hidlr_optax._quadratic import Kept, Quadratic
 from hidlr_optax._rule.aliases import hiulr, multi_steps, paper_hidlr
@@ -42,6 +42,7 @@ __all__ = [
     "label_by_role",
     "metrics",
     "multi_steps",
+    "paper",
     "paper_hidlr",
     "parabola",
     "peft",

@@ -4,11 +4,23 @@ q(η) = −bᵀη + ½ ηᵀAη models L(w + Σ_k η_k u_k) − L(w): paper eq. 
 alone, eq. 3.1. Arrays only: no pytrees of parameters and no losses live here.
 """
 
-import enum
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from hidlr_optax._diagnostics import Kept
+
+__all__ = [
+    "Kept",
+    "Quadratic",
+    "average",
+    "fit_axes",
+    "fit_joint",
+    "influence",
+    "influence_per_parameter",
+    "marginal",
+]
 
 _LEAST_EIGENVALUE = 1e-3  # of the correlations: what is below it, no measurement could vouch for
 
@@ -44,26 +56,6 @@ class Quadratic(NamedTuple):
         """Slope at the end of a step with `rates` η: b − Aη, (K,), loss per unit learning rate."""
         coupled = 0.0 if self.coupling is None else self.coupling @ rates
         return self.slope - self.curvature * rates - coupled
-
-
-class Kept(enum.IntEnum):
-    """The status of a group after a refresh: updated, or why its learning rate was kept.
-
-    UPDATED (0): nothing was kept, the rate is new. NON_FINITE (1): a loss, gradient or update was
-    NaN or infinite. UNRESOLVED (2): the group's probes change the loss by less than its
-    floating-point type resolves. NOT_CONVEX (3): the curvature is negative or zero, so the
-    quadratic has no minimum. NO_SLOPE (4): the group's gradient or update is zero, and nothing asks
-    for a rate. OTHER_GROUP (5): another group's fit failed, and all rates are kept or none. ASCENDS
-    (6): the step as a whole goes uphill on the batch that made it.
-    """
-
-    UPDATED = 0
-    NON_FINITE = 1
-    UNRESOLVED = 2
-    NOT_CONVEX = 3
-    NO_SLOPE = 4
-    OTHER_GROUP = 5
-    ASCENDS = 6
 
 
 def fit_joint(points: jax.Array, changes: jax.Array, slope: jax.Array | None = None) -> Quadratic:

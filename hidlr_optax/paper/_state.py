@@ -1,0 +1,89 @@
+"""The state of `one_step`."""
+
+from typing import Any, Generic, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hidlr_optax._checks.rates import check_names, initial_rates
+from hidlr_optax._diagnostics import Diagnostics, PerGroup
+from hidlr_optax._groups import Groups
+
+
+class OneStepState(NamedTuple, Generic[PerGroup]):
+    """State of `one_step`: O(K) scalars, per-group ones in dicts keyed by label.
+
+    Inside a refresh, they are (K,) arrays in the order of the sorted labels.
+
+    Attributes:
+      count: () int32, updates so far.
+      group_learning_rates: η, () float32 each, without the schedule's factor.
+      schedule_factor: () float32, the factor of the schedule at the last update.
+      measurements: () int32 each, how many refreshes the averages of slope and curvature hold.
+      coupling: the curvature between groups, (K, K) float32 in the order of the sorted labels, zero
+        on its diagonal, averaged; None where the estimator does not measure it.
+      direction: u of the last update, like params, for `slope="lagged"`; () for other slopes.
+      diagnostics: a `Diagnostics`; the averages of slope and curvature are among them.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    group_learning_rates: PerGroup
+    schedule_factor: jax.Array
+    measurements: PerGroup
+    coupling: Any
+    direction: Any
+    diagnostics: Diagnostics[PerGroup]
+
+
+Stored = OneStepState[dict[str, jax.Array]]
+Packed = OneStepState[jax.Array]
+
+
+def pack(state: Stored, groups: Groups) -> Packed:
+    """The state with (K,) arrays for the dicts keyed by label, and without the direction."""
+    check_names(state.group_learning_rates, groups)
+    return OneStepState(
+        count=state.count,
+        group_learning_rates=groups.pack(state.group_learning_rates),
+        schedule_factor=state.schedule_factor,
+        measurements=groups.pack(state.measurements),
+        coupling=state.coupling,
+        direction=(),
+        diagnostics=state.diagnostics.pack(groups),
+    )
+
+
+def unpack(state: Packed, groups: Groups) -> Stored:
+    """The state with dicts keyed by label for the (K,) arrays."""
+    return OneStepState(
+        count=state.count,
+        group_learning_rates=groups.unpack(state.group_learning_rates),
+        schedule_factor=state.schedule_factor,
+        measurements=groups.unpack(state.measurements),
+        coupling=state.coupling,
+        direction=state.direction,
+        diagnostics=state.diagnostics.unpack(groups),
+    )
+
+
+def initial_state(
+    params: Any, param_labels: Any, init_learning_rate: Any, couples: bool, looks_back: bool
+) -> Stored:
+    """The state before the first update."""
+    if type(params).__name__ == "_ParamsPlaceholder":
+        # This is optax.tree.map_params, which asks with an object without leaves which fields are
+        # like params. A prefix of the state says it.
+        leaf: Any = jnp.zeros(())
+        direction = params if looks_back else ()
+        return OneStepState(leaf, leaf, leaf, leaf, leaf if couples else None, direction, leaf)
+    names = Groups.of(param_labels, params).names
+    return OneStepState(
+        count=jnp.zeros((), jnp.int32),
+        group_learning_rates=initial_rates(init_learning_rate, names),
+        schedule_factor=jnp.ones((), jnp.float32),
+        measurements={name: jnp.zeros((), jnp.int32) for name in names},
+        coupling=jnp.zeros((len(names), len(names)), jnp.float32) if couples else None,
+        direction=optax.tree.zeros_like(params) if looks_back else (),
+        diagnostics=Diagnostics.begin(names),
+    )
