@@ -1,6 +1,7 @@
 """What a refresh leaves behind for a person to read, apart from what a rule needs to go on."""
 
 import enum
+from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -73,10 +74,12 @@ class Diagnostics(NamedTuple, Generic[PerGroup]):
 
     def pack(self, groups: Groups) -> "Diagnostics[jax.Array]":
         """The same with (K,) arrays for the dicts keyed by label."""
-        refreshes, cuts, *per_group = self
-        return Diagnostics(refreshes, cuts, *map(groups.pack, per_group))
+        return self._each(groups.pack)
 
     def unpack(self, groups: Groups) -> "Diagnostics[dict[str, jax.Array]]":
         """The same with dicts keyed by label for the (K,) arrays."""
+        return self._each(groups.unpack)
+
+    def _each(self, change: Callable[[Any], Any]) -> "Diagnostics[Any]":
         refreshes, cuts, *per_group = self
-        return Diagnostics(refreshes, cuts, *map(groups.unpack, per_group))
+        return Diagnostics(refreshes, cuts, *map(change, per_group))

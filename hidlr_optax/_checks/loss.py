@@ -18,6 +18,15 @@ LossFn = Callable[[Any, Any], jax.Array]
 ValueFn = Callable[[Any], jax.Array]
 
 
+def check_loss_fn(loss_fn: Any) -> None:
+    """Raises a ValueError unless this is a function, or None."""
+    if loss_fn is not None and not callable(loss_fn):
+        raise ValueError(
+            f"loss_fn must be a callable (params, batch) -> scalar, or None where update is given "
+            f"value_fn, got {type(loss_fn).__name__}"
+        )
+
+
 def check_like(tree: Any, params: Any, name: str) -> None:
     """Raises a ValueError unless a tree has the structure and the shapes of the parameters."""
     expected, got = jax.tree.structure(params), jax.tree.structure(tree)

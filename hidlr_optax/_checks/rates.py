@@ -22,6 +22,12 @@ def check_whole(number: Any, name: str, least: int) -> None:
         raise ValueError(f"{name} must be a whole number >= {least}, got {number}")
 
 
+def check_schedule(schedule: Any) -> None:
+    """Raises a ValueError unless this is a function, or None."""
+    if schedule is not None and not callable(schedule):
+        raise ValueError(f"schedule must be a callable step -> factor, or None, got {schedule!r}")
+
+
 def _check_rate(rate: Any, where: str) -> None:
     if callable(rate):
         raise ValueError(

@@ -12,14 +12,6 @@ from hidlr_optax._step_loss import StepLoss
 from hidlr_optax.paper._measurement import RESOLUTION, Measurement, check_batch_size, evaluate
 
 
-def _products(
-    product: Callable[[jax.Array], Any], num_groups: int, batch_size: int | None
-) -> jax.Array:
-    """A linear map of each of the K unit rates, stacked along the first axis."""
-    axes = jnp.eye(num_groups, dtype=jnp.float32)
-    return evaluate(product, axes, batch_size)
-
-
 def _linearize(fn: Callable[[jax.Array], Any], rates: jax.Array, needs: str) -> tuple[Any, Any]:
     """`jax.linearize` at no step; says what is needed where JAX cannot differentiate."""
     try:
@@ -37,11 +29,7 @@ def _measurement(slope: jax.Array, matrix: jax.Array) -> Measurement:
 
 @dataclasses.dataclass(frozen=True)
 class Hessian:
-    """The estimator made by `hessian`.
-
-    Attributes:
-      batch_size: Hessian-vector products at a time, or None for all.
-    """
+    """The estimator made by `hessian`, whose arguments it keeps."""
 
     batch_size: int | None
     couples = True
@@ -59,19 +47,14 @@ class Hessian:
         gradient, product = _linearize(
             jax.grad(step_loss), rates, "hessian() needs a twice differentiable loss"
         )
-        matrix = _products(product, len(rates), self.batch_size)
+        axes = jnp.eye(len(rates), dtype=jnp.float32)
+        matrix = evaluate(product, axes, self.batch_size)
         return _measurement(-gradient if slope is None else slope, matrix)
 
 
 @dataclasses.dataclass(frozen=True)
 class GaussNewton:
-    """The estimator made by `gauss_newton`.
-
-    Attributes:
-      model_fn: (params, batch) -> outputs.
-      output_loss: (outputs, batch) -> scalar.
-      batch_size: forward-mode products at a time, or None for all.
-    """
+    """The estimator made by `gauss_newton`, whose arguments it keeps."""
 
     model_fn: Callable[[Any, Any], Any]
     output_loss: Callable[[Any, Any], jax.Array]
@@ -100,7 +83,7 @@ class GaussNewton:
                 "output_loss(model_fn(params, batch), batch) has to be the loss, a real scalar; "
                 f"got {found}"
             )
-        tangents = _products(product, len(rates), self.batch_size)
+        tangents = evaluate(product, jnp.eye(len(rates), dtype=jnp.float32), self.batch_size)
 
         def linearised(offset: jax.Array) -> jax.Array:
             def moved(output: jax.Array, tangent: jax.Array) -> jax.Array:
@@ -113,16 +96,7 @@ class GaussNewton:
         return _measurement(-gradient, jax.hessian(linearised)(origin))
 
     def check(self, loss_fn: Callable[[Any, Any], jax.Array], params: Any, batch: Any) -> None:
-        """Compares `output_loss(model_fn(params, batch), batch)` with the loss, by value.
-
-        Args:
-          loss_fn: (params, batch) -> scalar, as given to `one_step`.
-          params: of the model.
-          batch: of the loss.
-
-        Raises:
-          ValueError: they differ by more than one part in ten thousand.
-        """
+        """Raises a ValueError where `output_loss` of the model is not the loss, to 1 in 10,000."""
         expected = float(loss_fn(params, batch))
         found = float(self.output_loss(self.model_fn(params, batch), batch))
         if not abs(found - expected) <= 1e-4 * abs(expected):

@@ -20,9 +20,6 @@ def fit_joint(points: jax.Array, changes: jax.Array, slope: jax.Array | None = N
       points: (n, K).
       changes: f, (n,), the change of the loss at each point.
       slope: (K,), where known.
-
-    Returns:
-      The quadratic in the units of `points`.
     """
     squares = points**2 / 2
     if slope is not None:
@@ -41,9 +38,6 @@ def fit_axes(points: jax.Array, changes: jax.Array, slope: jax.Array | None = No
       points: x, (m,), the places at which every group was probed, of order one.
       changes: f, (K, m), the change of the loss when only group k moves.
       slope: (K,), where known.
-
-    Returns:
-      The quadratic in the units of `points`.
     """
     second, third, fourth = jnp.sum(points**2), jnp.sum(points**3), jnp.sum(points**4)
     even = changes @ points**2

@@ -37,18 +37,7 @@ class Measurement(NamedTuple):
 
     @staticmethod
     def exact(quadratic: Quadratic) -> "Measurement":
-        """A measurement by derivatives: nothing is lost in the rounding of a difference of losses.
-
-        Args:
-          quadratic: slope and curvature, (K,) each, in learning rates of one.
-
-        Example:
-          >>> import jax.numpy as jnp, hidlr_optax as hd
-          >>> ones = hd.Quadratic(jnp.ones(2), jnp.ones(2))
-          >>> measured = hd.paper.Measurement.exact(ones)
-          >>> measured.resolved.tolist(), measured.least_curvature.tolist()
-          ([True, True], [0.0, 0.0])
-        """
+        """A measurement by derivatives: no difference of losses is lost in rounding."""
         num_groups = len(quadratic.slope)
         return Measurement(
             quadratic=quadratic,
@@ -123,11 +112,7 @@ def fits_slope(estimator: Estimator) -> bool:
 def measure(
     estimator: Estimator, step_loss: StepLoss, rates: jax.Array, **known: Any
 ) -> Measurement:
-    """The estimate, in float32, of the shapes that it has to have.
-
-    Raises:
-      ValueError: the estimator returned something else.
-    """
+    """The estimate, in float32; a ValueError where it has not the shapes that it has to have."""
     measured = estimator.estimate(step_loss, rates, **known)
     if not isinstance(measured, Measurement):
         raise ValueError(f"{estimator!r}.estimate must return a Measurement, got {measured!r}")
@@ -158,8 +143,15 @@ def measure(
     return measured._replace(quadratic=quadratic, least_curvature=least_curvature)
 
 
-def evaluate(fn: Callable[[jax.Array], Any], offsets: jax.Array, batch_size: int | None) -> Any:
-    """`fn` of each row of `offsets`, stacked: all at once, or `batch_size` at a time."""
+def evaluate(
+    fn: Callable[[jax.Array], Any],
+    offsets: jax.Array,
+    batch_size: int | None,
+    sharding: NamedSharding | None = None,
+) -> Any:
+    """`fn` of each row of `offsets`, stacked: all at once, some at a time, or spread on a mesh."""
+    if sharding is not None:
+        return _evaluate_sharded(fn, offsets, sharding)
     if batch_size is None:
         return jax.vmap(fn)(offsets)
     if batch_size == 1:  # no vmap of one: callbacks and some kernels have no batching rule
@@ -167,10 +159,10 @@ def evaluate(fn: Callable[[jax.Array], Any], offsets: jax.Array, batch_size: int
     return jax.lax.map(fn, offsets, batch_size=batch_size)
 
 
-def evaluate_sharded(
+def _evaluate_sharded(
     fn: Callable[[jax.Array], Any], offsets: jax.Array, sharding: NamedSharding
 ) -> jax.Array:
-    """`fn` of each row of `offsets`, stacked, each device evaluating its share of the rows."""
+    """Each device evaluates its share of the rows."""
     mesh, axes = sharding.mesh, sharding.spec[0]
     names = axes if isinstance(axes, tuple) else (axes,)
     count = math.prod(mesh.shape[name] for name in names)

@@ -14,11 +14,12 @@ from hidlr_optax._checks.loss import (
     LossFn,
     bind_loss,
     check_like,
+    check_loss_fn,
     check_scalar,
     fitting,
     usable_value,
 )
-from hidlr_optax._checks.rates import check_rates, check_whole, is_concrete
+from hidlr_optax._checks.rates import check_rates, check_schedule, check_whole, is_concrete
 from hidlr_optax._groups import Groups
 from hidlr_optax._step_loss import StepLoss
 from hidlr_optax.paper._measurement import Estimator, fits_slope
@@ -207,19 +208,9 @@ def check_estimator(curvature: Any, slope: Any) -> None:
         )
 
 
-def check_loss_fn(loss_fn: Any) -> None:
-    """Raises a ValueError unless this is a function, or None."""
-    if loss_fn is not None and not callable(loss_fn):
-        raise ValueError(
-            f"loss_fn must be a callable (params, batch) -> scalar, or None where update is given "
-            f"value_fn, got {type(loss_fn).__name__}"
-        )
-
-
 def _check_arguments(loss_fn: Any, schedule: Any, curvature: Any, slope: Any, solver: Any) -> None:
     check_loss_fn(loss_fn)
-    if schedule is not None and not callable(schedule):
-        raise ValueError(f"schedule must be a callable step -> factor, or None, got {schedule!r}")
+    check_schedule(schedule)
     check_estimator(curvature, slope)
     _check_part(solver, ("solve",), "solver", "a solver such as coupled() or diagonal()")
 

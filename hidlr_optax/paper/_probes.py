@@ -18,7 +18,6 @@ from hidlr_optax.paper._measurement import (
     check_batch_size,
     check_sharding,
     evaluate,
-    evaluate_sharded,
 )
 
 Design = Literal["axis", "gaussian"]
@@ -32,16 +31,7 @@ _UNKNOWN_SCALE = 1e6  # the same, by the slope
 
 @dataclasses.dataclass(frozen=True)
 class Probes:
-    """The estimator made by `probes`.
-
-    Attributes:
-      design: "axis" or "gaussian".
-      scale: of the offsets: "resolved", "rate" or "root".
-      per_group: probes per group.
-      batch_size: probes evaluated at a time, or None for all.
-      seed: of the gaussian draws.
-      sharding: of the probes over a mesh, or None.
-    """
+    """The estimator made by `probes`, whose arguments it keeps."""
 
     design: Design
     scale: Scale
@@ -86,12 +76,6 @@ class Probes:
 
         The even part of the loss at ±h is a h²: h = √(0.002 |L|/a) by the curvature found so far.
         Before one is found, h = 0.01 |L|/|b| by the slope, or else the current rate.
-
-        Args:
-          rates: η, (K,).
-          slope: b, (K,), where known.
-          value: the loss at the parameters.
-          expected: slope and curvature found so far, zero where there are none; None: not asked.
         """
         rates = jnp.abs(rates)  # offsets lie to either side
         if self.scale == "root":
@@ -121,31 +105,14 @@ class Probes:
         batch: Any = None,
         step: jax.Array | int = 0,
     ) -> Measurement:
-        """Probes the loss group by group, or jointly, and fits slope and curvature.
-
-        Args:
-          step_loss: ℓ, the loss along the K group steps.
-          rates: η, (K,), the current rates.
-          slope: b, (K,), where known from the gradient; fitted otherwise.
-          value: ℓ(0), where known; evaluated otherwise.
-          expected: what was found so far, which "resolved" probes lie by; None: at current rates.
-          batch: not used, `step_loss` knows it.
-          step: changes the gaussian draws from refresh to refresh.
-
-        Returns:
-          The measurement.
-        """
+        """Probes the loss group by group, or jointly, and fits slope and curvature."""
         del batch
         if value is None:
             value = step_loss.start()
         scale = self.probe_scale(rates, slope, value, expected)
         points = self.points(len(rates), step)
         offsets = points * scale
-        losses: jax.Array
-        if self.sharding is None:
-            losses = evaluate(step_loss, offsets, self.batch_size)
-        else:
-            losses = evaluate_sharded(step_loss, offsets, self.sharding)
+        losses = evaluate(step_loss, offsets, self.batch_size, self.sharding)
         eps = jnp.finfo(losses.dtype).eps
         losses = losses.astype(wide(losses.dtype))
         changes = losses - value.astype(losses.dtype)

@@ -189,11 +189,6 @@ def first_rates(rates: jax.Array, value: Any, slope: jax.Array) -> jax.Array:
     At one rate for all, the first step changes the loss by Σ|b_k| η to first order. The rate at
     which that is a hundredth of the loss is small, but not lost in rounding: rates of zero become
     it, others are brought within a factor ten of it.
-
-    Args:
-      rates: (K,), as asked for; zero where nothing was.
-      value: the loss.
-      slope: b, (K,).
     """
     steep = jnp.sum(jnp.abs(slope)).astype(jnp.float32)
     found = _START_PART * jnp.abs(value).astype(jnp.float32) / steep
@@ -210,14 +205,7 @@ def guard_factor(
 
     Then the minimum B/2C of the parabola −Bx + Cx² that has this slope, and at x = 1 this change,
     within [0.1, 0.5]. Along a step that ascends there is none: a half; where the loss is not finite
-    any more, a tenth.
-
-    Args:
-      rates: η, (K,).
-      change: (), the loss after the step minus the loss.
-      value: (), the loss.
-      slope: b, (K,), along the step; None where it is not known.
-      limit: the rise, as a part of the loss, that is let pass.
+    any more, a tenth. `limit` is the rise, as a part of the loss, that is let pass.
     """
     descent = jnp.float32(0) if slope is None else slope.astype(jnp.float32) @ rates
     descent = jnp.where(jnp.isfinite(descent), descent, 0)  # as where it is not known

@@ -43,12 +43,7 @@ class Solver(Protocol):
 def parabola_minima(quadratic: Quadratic, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The minimum b_k/a_k of each group's own parabola, and for which groups there is none.
 
-    Args:
-      quadratic: slope and curvature.
-      kept: (K,) of `Kept`, the groups already known not to be trusted.
-
-    Returns:
-      (K,) rates, finite and not zero where (K,) `Kept` is UPDATED; meaningless elsewhere.
+    Finite and not zero where `Kept` is UPDATED; meaningless elsewhere.
     """
     slope, curvature = quadratic.slope, quadratic.curvature
     kept = jnp.where((kept == Kept.UPDATED) & (slope == 0), Kept.NO_SLOPE, kept)
@@ -57,31 +52,6 @@ def parabola_minima(quadratic: Quadratic, kept: jax.Array) -> tuple[jax.Array, j
     # A quotient that overflows or underflows is no rate.
     usable = jnp.isfinite(best) & (best != 0)
     return best, jnp.where((kept == Kept.UPDATED) & ~usable, Kept.NON_FINITE, kept)
-
-
-def minimise_diagonal(
-    quadratic: Quadratic, rates: jax.Array, kept: jax.Array, max_change: float | None
-) -> tuple[jax.Array, jax.Array]:
-    """η_k = b_k/a_k, group by group, where the quadratic can be trusted; the old rate elsewhere.
-
-    Args:
-      quadratic: in rates of one.
-      rates: η, (K,), the current rates.
-      kept: (K,) int32 of `Kept`, the groups already known not to be trusted.
-      max_change: the largest factor between old and new rate, and each group stands for itself.
-        None: no bound, and one group that cannot be trusted keeps all rates, as in Algorithm 1.
-
-    Returns:
-      The new rates and, for each group, why its rate was kept.
-    """
-    best, kept = parabola_minima(quadratic, kept)
-    if max_change is None:
-        kept = jnp.where(
-            (kept == Kept.UPDATED) & jnp.any(kept != Kept.UPDATED), Kept.OTHER_GROUP, kept
-        )
-    else:
-        best = jnp.clip(best, rates / max_change, rates * max_change)
-    return jnp.where(kept == Kept.UPDATED, best, rates), kept.astype(jnp.int32)
 
 
 def _positive(coupling: jax.Array, diagonal: jax.Array) -> jax.Array:
@@ -104,14 +74,7 @@ def minimise_in_box(
 
     Coordinates that a bound holds are taken out, the rest is solved by Cholesky and projected; of a
     few step lengths, and a gradient step that always descends, the best is taken. One iteration is
-    O(K³); the active set settles in a handful.
-
-    Args:
-      slope: b, (K,).
-      curvature: A, (K, K), positive definite, best with entries of order one.
-      lower: (K,).
-      upper: (K,).
-      iterations: how many.
+    O(K³); the active set settles in a handful. A, (K, K), has to be positive definite.
     """
     lengths = 0.5 ** jnp.arange(8.0, dtype=slope.dtype)
     diagonal = jnp.diagonal(curvature)
@@ -138,11 +101,7 @@ def minimise_in_box(
 
 @dataclasses.dataclass(frozen=True)
 class Diagonal:
-    """The solver made by `diagonal`.
-
-    Attributes:
-      max_change: the largest factor between old and new rate, or None.
-    """
+    """The solver made by `diagonal`, whose arguments it keeps."""
 
     max_change: float | None
 
@@ -155,23 +114,24 @@ class Diagonal:
         is flat as far as can be seen, and a bounded change towards its minimum, which lies further
         out than seen, is safe. Without a bound it is not, and the fit is taken as it is.
         """
-        if self.max_change is not None:
+        bound = self.max_change
+        if bound is None:
+            best, kept = parabola_minima(quadratic, kept)
+            fails = jnp.any(kept != Kept.UPDATED)
+            kept = jnp.where((kept == Kept.UPDATED) & fails, Kept.OTHER_GROUP, kept)
+        else:
             flat = jnp.abs(quadratic.curvature) < least_curvature
-            least = jnp.minimum(
-                least_curvature, jnp.abs(quadratic.slope) / rates
-            )  # b/least ≥ the rate
-            quadratic = quadratic._replace(curvature=jnp.where(flat, least, quadratic.curvature))
-        return minimise_diagonal(quadratic, rates, kept, self.max_change)
+            # b/least is the present rate, or further.
+            least = jnp.minimum(least_curvature, jnp.abs(quadratic.slope) / rates)
+            curvature = jnp.where(flat, least, quadratic.curvature)
+            best, kept = parabola_minima(quadratic._replace(curvature=curvature), kept)
+            best = jnp.clip(best, rates / bound, rates * bound)
+        return jnp.where(kept == Kept.UPDATED, best, rates), kept.astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Coupled:
-    """The solver made by `coupled`.
-
-    Attributes:
-      shrinkage: weight of the uniform rate.
-      max_change: the largest factor between old and new rate.
-    """
+    """The solver made by `coupled`, whose arguments it keeps."""
 
     shrinkage: float
     max_change: float

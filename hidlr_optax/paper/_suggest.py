@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hidlr_optax._checks.loss import bind_loss, check_like, check_scalar, fitting
+from hidlr_optax._checks.loss import bind_loss, check_like, check_loss_fn, check_scalar, fitting
 from hidlr_optax._checks.rates import check_rates, check_whole, initial_rates
 from hidlr_optax._diagnostics import Kept
 from hidlr_optax._groups import Groups
 from hidlr_optax._quadratic import Quadratic
 from hidlr_optax._step_loss import StepLoss
 from hidlr_optax.paper._measurement import Estimator, Measurement, measure
-from hidlr_optax.paper._one_step import check_estimator, check_loss_fn
+from hidlr_optax.paper._one_step import check_estimator
 from hidlr_optax.paper._probes import probes
 from hidlr_optax.paper._solvers import parabola_minima
 
