@@ -1,0 +1,99 @@
+"""Tuned rates: one for all by a grid, then one per group by a search along each group in turn."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from .compare import PROBLEMS, TUNED, geometric_mean, given, groups, train
+from .problems import Problem
+
+SEEDS = 3
+HALVES = np.array([-2, -1.5, -1, -0.5, 0.5, 1, 1.5, 2])
+UP = np.arange(1.0, 9.0)
+FINE = HALVES / 5
+# What is tried along each group, log10 of factors. One rate of SGD is bound by its steepest group.
+SEARCH = {"adam": (HALVES, HALVES, FINE), "momentum": (UP, HALVES, HALVES, FINE)}
+GRID = {"adam": np.arange(-5.0, 3.0, 0.5), "momentum": np.arange(-9.0, 7.0, 1.0)}
+
+
+def scorer(problem: Problem) -> Callable[[np.ndarray], np.ndarray]:
+    """(8, K) log10 of rates -> their final losses, geometric means over the seeds."""
+    names = groups(problem)
+
+    def one(rates: jax.Array, seed: jax.Array) -> jax.Array:
+        return train(problem, given(problem, dict(zip(names, rates, strict=True))), seed)[0]
+
+    over_seeds = jax.vmap(one, (None, 0))
+    run = jax.jit(jax.vmap(over_seeds, (0, None)))
+
+    def score(logs: np.ndarray) -> np.ndarray:
+        rates = jnp.asarray(10.0**logs, jnp.float32)
+        return geometric_mean(run(rates, jnp.arange(SEEDS)))
+
+    return score
+
+
+def in_eights(score: Callable[[np.ndarray], np.ndarray], logs: np.ndarray) -> np.ndarray:
+    """The scores of 8n rows, which are compiled once for eight."""
+    return np.concatenate([score(part) for part in np.split(logs, len(logs) // 8)])
+
+
+def proportions(problem: Problem, power: int) -> np.ndarray:
+    """Log10 of the sizes of the groups at the start, to a power, mean zero: steps as large."""
+    params = problem.init(jax.random.key(0))
+    norms = np.array([float(optax.tree.norm(params[name])) for name in groups(problem)])
+    sizes = np.array([sum(x.size for x in jax.tree.leaves(params[n])) for n in groups(problem)])
+    logs = power * np.log10(np.maximum(norms / np.sqrt(sizes), 1e-6))
+    return logs - logs.mean()
+
+
+def search(problem: Problem) -> dict[str, Any]:
+    """The best rate for all, and the best found for each group, with their losses.
+
+    The search for the latter starts from equal rates or from proportional ones, where the loss is
+    less.
+    """
+    names, score = groups(problem), scorer(problem)
+    kind = "adam" if problem.direction is optax.adam else "momentum"
+    grid = GRID[kind][:, None] + np.zeros(len(names))
+    losses = in_eights(score, grid)
+    best, least = grid[np.argmin(losses)], float(losses.min())
+    found = {"one rate": least, "uniform": float(10 ** best[0])}
+    print(found, flush=True)
+    grid = grid + proportions(problem, 1 if kind == "adam" else 2)
+    losses = in_eights(score, grid)
+    if losses.min() < least:
+        best, least = grid[np.argmin(losses)], float(losses.min())
+    print("in proportion:", float(losses.min()), flush=True)
+    for factors in SEARCH[kind]:
+        for group in range(len(names)):
+            tried = best + factors[:, None] * np.eye(len(names))[group]
+            losses = score(tried)
+            if losses.min() < least:
+                best, least = tried[np.argmin(losses)], float(losses.min())
+        print(f"{least:.4g}", dict(zip(names, best.round(2).tolist(), strict=True)), flush=True)
+    rates = {name: float(10**log) for name, log in zip(names, best, strict=True)}
+    return found | {"per group": least, "rates": rates}
+
+
+def _rounded(x: Any, digits: int) -> Any:
+    if isinstance(x, dict):
+        return {name: _rounded(value, 3) for name, value in x.items()}
+    return float(f"{x:.{digits}g}")
+
+
+def tune(name: str) -> None:
+    """Searches, and stores what was found in `tuned.json`."""
+    print(name, flush=True)
+    found = {key: _rounded(x, 5) for key, x in search(PROBLEMS[name]()).items()}
+    rows = json.loads(TUNED.read_text()) if TUNED.exists() else {}
+    lines = (
+        f" {json.dumps(key)}: {json.dumps(row)}" for key, row in (rows | {name: found}).items()
+    )
+    TUNED.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    print(found, flush=True)
