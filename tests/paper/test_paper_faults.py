@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hidlr_optax as hd
-from hidlr_optax._quadratic import Kept
+from hidlr_optax._diagnostics import Kept
 
 NAN, INF = math.nan, math.inf
 _f32 = jnp.float32
@@ -132,13 +132,11 @@ def _estimators(kind):
         "hessian": hd.paper.hessian(),
         "gauss_newton": hd.paper.gauss_newton(kind.model, kind.loss_of_outputs),
         "secant": hd.paper.secant(),
-        "parabola": hd.parabola(),
     }
 
 
 _ESTIMATORS = tuple(_estimators(_PLAIN))
 _SOLVERS = {
-    "hold": {"solver": hd.hold(), "slope": "lagged", "warmup": _WARMUP},
     "coupled": {"solver": hd.paper.coupled(), "slope": "gradient", "warmup": _WARMUP},
     "diagonal": {"solver": hd.paper.diagonal(), "slope": "lagged", "warmup": _WARMUP},
     "paper": {
@@ -226,7 +224,7 @@ def _run(tx, kind):
 def _compiled(estimator, solver, kind="plain"):
     kept = _PLAIN if kind == "plain" else _KINDS[kind]
     keywords = {"update_interval": 1, "curvature": _estimators(kept)[estimator]} | _SOLVERS[solver]
-    return _run(hd.hidlr(kept.loss, kept.labels, **keywords), kept)
+    return _run(hd.paper.one_step(kept.loss, kept.labels, **keywords), kept)
 
 
 def _faults(*at):
@@ -243,16 +241,11 @@ def _rates(states):
 
 
 def _kept(states):
-    return np.stack(list(states.kept.values()))
+    return np.stack(list(states.diagnostics.kept.values()))
 
 
 def _assert_sane(states):
     """No number of the state is ever lost, and what says that it cannot be used moves no rate."""
-    progress = states.progress
-    if progress:  # no loss is the least yet, nothing a ceiling, and no cut on trial
-        none = {"least": 0.0, "ceiling": 0.0, "before": 0.0}
-        assert not any(np.isnan(getattr(progress, name)).any() for name in none)
-        states = states._replace(progress=progress._replace(**none))
     for path, leaf in jax.tree.leaves_with_path(states):
         assert np.isfinite(leaf).all(), jax.tree_util.keystr(path)
     rates, kept = _rates(states), _kept(states)
@@ -280,11 +273,11 @@ _AT = 8
 
 # All pairs are compiled by hand; from day to day, every estimator and every solver.
 _EVERY_DAY = {
-    *((estimator, "hold") for estimator in _ESTIMATORS),
     *(("axis", solver) for solver in _SOLVERS),
     ("hessian", "coupled"),
     ("gaussian", "paper"),
     ("secant", "diagonal"),
+    ("gauss_newton", "coupled"),
 }
 _each_pair = pytest.mark.parametrize(
     ("estimator", "solver"),
@@ -296,7 +289,7 @@ def _is_seen(name, estimator, solver):
     """Whether this pair looks at what is poisoned at all."""
     if name.startswith("gradient"):
         return solver != "paper"
-    return name != "value" or solver == "hold" or estimator in ("axis", "gaussian", "parabola")
+    return name != "value" or estimator in ("axis", "gaussian")
 
 
 def _assert_goes_on(states, losses):
@@ -348,7 +341,7 @@ def test_where_nothing_can_be_learned_the_status_says_no_slope(estimator, solver
         _assert_sane(states)
         _assert_goes_on(states, losses)
         for group in groups:
-            assert Kept.NO_SLOPE in np.asarray(states.kept[group])[_AT : _AT + 2], name
+            assert Kept.NO_SLOPE in np.asarray(states.diagnostics.kept[group])[_AT : _AT + 2], name
 
 
 @_each_pair
@@ -360,7 +353,14 @@ def test_huge_numbers_do_not_get_into_the_state(estimator, solver):
 
 
 _poisons = st.sampled_from([*_BAD, 0.0, -1.0, 1e4, 1e-30])
-_any_fault = st.dictionaries(st.sampled_from(sorted(set(_CLEAN) - {"side"})), _poisons, max_size=3)
+# A gradient that is finite is believed, whatever it is.
+_any_fault = st.fixed_dictionaries(
+    {},
+    optional={
+        name: st.sampled_from(_BAD) if name.startswith("grad") else _poisons
+        for name in sorted(set(_CLEAN) - {"side"})
+    },
+).filter(lambda faults: len(faults) <= 3)
 _any_faults = st.lists(
     st.tuples(
         st.integers(0, _STEPS - 4),
@@ -380,7 +380,7 @@ def test_no_row_of_faults_spoils_the_state(estimator, solver, faults):
     assert not (_kept(states)[:, -1] == Kept.NON_FINITE).any()
 
 
-_EVERY_DAY_KINDS = {("secant", "hold"), ("axis", "coupled"), ("gaussian", "paper")}
+_EVERY_DAY_KINDS = {("secant", "diagonal"), ("axis", "coupled"), ("gaussian", "paper")}
 
 
 def _marks(kind, pair):
