@@ -570,6 +570,43 @@ def test_a_value_less_precise_than_the_probes_is_not_trusted(params_dtype, value
         assert (found != pytest.approx(expected, rel=1e-3)) == trusted
 
 
+def _scan_loss(params, batch):
+    def layer(carry, kernel):
+        return carry + jnp.tanh(carry @ kernel), None
+
+    hidden, _ = jax.lax.scan(layer, batch, params["layers"])
+    return jnp.mean((hidden @ params["head"] - batch.sum(1)).astype(jnp.float32) ** 2)
+
+
+def test_bfloat16_parameters_are_probed_in_their_own_type_where_wider_ones_do_not_fit():
+    params = {"layers": jnp.full((3, 4, 4), 0.1, jnp.bfloat16), "head": jnp.ones(4, jnp.bfloat16)}
+    batch = jnp.linspace(-1.0, 1.0, 64).reshape(16, 4).astype(jnp.bfloat16)
+    tx = optax.chain(optax.sgd(1.0), _coupled(_scan_loss, {"layers": "layers", "head": "head"}))
+    step, state = jax.jit(_step(tx, _scan_loss)), tx.init(params)
+    first = _scan_loss(params, batch)
+    for _ in range(20):
+        params, state = step(params, state, batch)
+    assert _scan_loss(params, batch) < 0.7 * first
+
+
+@pytest.mark.parametrize(
+    "curvature", [hd.paper.probes(batch_size=1), hd.paper.probes("gaussian", 3, 1)]
+)
+def test_one_probe_at_a_time_needs_no_batching_rule(curvature):
+    def on_host(x):
+        assert np.shape(x) == (3,)
+        return np.asarray(np.sum(np.sin(x)), np.float32)
+
+    def loss(params, batch):
+        shape = jax.ShapeDtypeStruct((), jnp.float32)
+        return jax.pure_callback(on_host, shape, params, vmap_method=None)
+
+    tx = _coupled(loss, "all", curvature=curvature, slope="probes")
+    params = jnp.ones(3)
+    _, state = jax.jit(tx.update)(-params, tx.init(params), params, batch=0)
+    assert int(state.diagnostics.refreshes) == 1
+
+
 # Many devices.
 
 
@@ -590,7 +627,9 @@ def test_sharded_parameters_and_data_give_the_rates_of_one_device(rule):
     state = jax.device_put(tx.init(params), NamedSharding(mesh, PartitionSpec()))
     result, state = _run(jax.jit(_step(tx, _network)), put, state, data)
     assert len(result["w"].sharding.device_set) == 8
-    _assert_all_close((result, state), _reference_run(rule), rtol=2e-3, atol=1e-5)
+    # Sums in another order: rounding, over the 2e-3 of the loss that a pair of probes bends it.
+    rtol = 2e-3 if rule is _plain else 1e-2
+    _assert_all_close((result, state), _reference_run(rule), rtol=rtol, atol=1e-5)
 
 
 def _shard_mapped(rule, loss_fn, **kwargs):

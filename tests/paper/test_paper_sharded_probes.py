@@ -108,7 +108,7 @@ def test_probes_over_a_mesh_axis_find_the_same_rates(axis_type, design):
             placed = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
             found = rates(spread, *placed)
     for name, rate in expected.items():
-        np.testing.assert_allclose(found[name], rate, rtol=1e-5)
+        np.testing.assert_allclose(found[name], rate, rtol=1e-4)
 
 
 def test_a_sharding_of_probes_is_one_of_rows():
