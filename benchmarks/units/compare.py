@@ -30,6 +30,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
 }
 TUNED = Path(__file__).with_name("tuned.json")
 WORST = 1e9  # the loss of a run that is not finite
+WORST_RATIO = 1000.0  # in the summary, so that one such run does not decide it
 
 
 def labels(params: Any) -> Any:
@@ -203,13 +204,19 @@ def table(name: str, chosen: dict[str, dict[str, list[store.Row]]]) -> str:
 
 
 def summary(chosen: dict[str, dict[str, list[store.Row]]]) -> str:
-    """Geometric mean over problems of the loss over that of tuned rates per group."""
+    """Geometric mean over problems of the loss over that of tuned rates per group; lower is better.
+
+    A ratio above `WORST_RATIO` counts as that.
+    """
     width = max(map(len, METHODS))
     lines = ["\nloss over that of tuned rates per group, geometric mean over problems"]
     for method, found in chosen.items():
         if found:
             ratios = [
-                geometric_mean([row["loss"] for row in rows]) / tuned(name)["per group"]
+                min(
+                    geometric_mean([row["loss"] for row in rows]) / tuned(name)["per group"],
+                    WORST_RATIO,
+                )
                 for name, rows in found.items()
             ]
             lines.append(f"{method:{width}s} {geometric_mean(ratios):8.3f}  of {len(ratios)}")

@@ -25,15 +25,16 @@ def scorer(problem: Problem) -> Callable[[np.ndarray], np.ndarray]:
     """(8, K) log10 of rates -> their final losses, geometric means over the seeds."""
     names = groups(problem)
 
-    def one(rates: jax.Array, seed: jax.Array) -> jax.Array:
+    def one(tried: tuple[jax.Array, jax.Array]) -> jax.Array:
+        rates, seed = tried
         return train(problem, given(problem, dict(zip(names, rates, strict=True))), seed)[0]
 
-    over_seeds = jax.vmap(one, (None, 0))
-    run = jax.jit(jax.vmap(over_seeds, (0, None)))
+    run = jax.jit(lambda *tried: jax.lax.map(one, tried))  # batched products are slow on a CPU
 
     def score(logs: np.ndarray) -> np.ndarray:
-        rates = jnp.asarray(10.0**logs, jnp.float32)
-        return geometric_mean(run(rates, jnp.arange(SEEDS)))
+        rates = jnp.asarray(10.0 ** np.repeat(logs, SEEDS, 0), jnp.float32)
+        losses = run(rates, jnp.tile(jnp.arange(SEEDS), len(logs)))
+        return geometric_mean(np.asarray(losses).reshape(-1, SEEDS))
 
     return score
 
