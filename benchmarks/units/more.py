@@ -11,7 +11,7 @@ from .problems import Problem, apply, dense, nothing, photograph, runge_kutta
 
 
 def render(p: Any, places: jax.Array) -> jax.Array:
-    """Colours at (n, 2) places, in pixels from the centre: the sum of all Gaussians.
+    """Colours at (n, 2) places, in widths of the image from its centre: the sum of all Gaussians.
 
     A Gaussian is exp(−½ |S⁻¹ Rᵀ (x − position)|²) · sigmoid(opacity) · colour. Its exponent is a
     quadratic function of the place, so that a product of matrices finds all exponents at once.
@@ -33,19 +33,20 @@ def render(p: Any, places: jax.Array) -> jax.Array:
 def splats(size: int = 128, gaussians: int = 400, steps: int = 500, batch: int = 2048) -> Problem:
     """A photograph as a sum of Gaussians: position, scale, rotation, colour and opacity.
 
-    Positions are pixels, scales are log pixels, rotations are radians, opacities are logits. The
-    published code of 3-D Gaussian splatting has a rate for each of the five, from 1.6e-4 to 0.05.
+    Positions and scales are widths of the image, the latter logarithms, rotations are radians,
+    opacities are logits. The published code of 3-D Gaussian splatting has a rate for each of the
+    five, from 1.6e-4 (position) to 0.05 (opacity).
     """
     image = photograph(size)
     colours, middle = image.reshape(-1, 3), (size - 1) / 2
     rows, columns = jnp.meshgrid(jnp.arange(size), jnp.arange(size), indexing="ij")
-    places = jnp.stack([columns.ravel(), rows.ravel()], 1) - middle
+    places = jnp.stack([columns.ravel(), rows.ravel()], 1) / size - middle / size
 
     def init(key: jax.Array) -> dict[str, Any]:
         a, b, c = jax.random.split(key, 3)
-        position = jax.random.uniform(a, (gaussians, 2), minval=-middle, maxval=middle)
-        column, row = jnp.round(position + middle).astype(int).T
-        spacing = jnp.log(0.6 * size / np.sqrt(gaussians))
+        position = jax.random.uniform(a, (gaussians, 2), minval=-0.5, maxval=0.5)
+        column, row = jnp.round((position + 0.5) * (size - 1)).astype(int).T
+        spacing = jnp.log(0.6 / np.sqrt(gaussians))
         return {
             "position": position,
             "log_scale": spacing + 0.2 * jax.random.normal(b, (gaussians, 2)),

@@ -13,16 +13,17 @@ from .compare import PROBLEMS, TUNED, geometric_mean, given, groups, train
 from .problems import Problem
 
 SEEDS = 3
-HALVES = np.array([-2, -1.5, -1, -0.5, 0.5, 1, 1.5, 2])
+WIDE = np.array([-2, -1.5, -1, -0.5, 0.5, 1, 1.5, 2])
 UP = np.arange(1.0, 9.0)
-FINE = HALVES / 5
+NEAR = np.array([-0.5, -0.25, 0.25, 0.5])
+FINE = np.array([-0.2, -0.1, 0.1, 0.2])
 # What is tried along each group, log10 of factors. One rate of SGD is bound by its steepest group.
-SEARCH = {"adam": (HALVES, HALVES, FINE), "momentum": (UP, HALVES, HALVES, FINE)}
+SEARCH = {"adam": (WIDE, NEAR, FINE), "momentum": (UP, WIDE, WIDE, NEAR, FINE)}
 GRID = {"adam": np.arange(-5.0, 3.0, 0.5), "momentum": np.arange(-9.0, 7.0, 1.0)}
 
 
 def scorer(problem: Problem) -> Callable[[np.ndarray], np.ndarray]:
-    """(8, K) log10 of rates -> their final losses, geometric means over the seeds."""
+    """(4, K) log10 of rates -> their final losses, geometric means over the seeds."""
     names = groups(problem)
 
     def one(tried: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -39,9 +40,9 @@ def scorer(problem: Problem) -> Callable[[np.ndarray], np.ndarray]:
     return score
 
 
-def in_eights(score: Callable[[np.ndarray], np.ndarray], logs: np.ndarray) -> np.ndarray:
-    """The scores of 8n rows, which are compiled once for eight."""
-    return np.concatenate([score(part) for part in np.split(logs, len(logs) // 8)])
+def in_fours(score: Callable[[np.ndarray], np.ndarray], logs: np.ndarray) -> np.ndarray:
+    """The scores of 4n rows, which are compiled once for four."""
+    return np.concatenate([score(part) for part in np.split(logs, len(logs) // 4)])
 
 
 def proportions(problem: Problem, power: int) -> np.ndarray:
@@ -62,19 +63,19 @@ def search(problem: Problem) -> dict[str, Any]:
     names, score = groups(problem), scorer(problem)
     kind = "adam" if problem.direction is optax.adam else "momentum"
     grid = GRID[kind][:, None] + np.zeros(len(names))
-    losses = in_eights(score, grid)
+    losses = in_fours(score, grid)
     best, least = grid[np.argmin(losses)], float(losses.min())
     found = {"one rate": least, "uniform": float(10 ** best[0])}
     print(found, flush=True)
     grid = grid + proportions(problem, 1 if kind == "adam" else 2)
-    losses = in_eights(score, grid)
+    losses = in_fours(score, grid)
     if losses.min() < least:
         best, least = grid[np.argmin(losses)], float(losses.min())
     print("in proportion:", float(losses.min()), flush=True)
     for factors in SEARCH[kind]:
         for group in range(len(names)):
             tried = best + factors[:, None] * np.eye(len(names))[group]
-            losses = score(tried)
+            losses = in_fours(score, tried)
             if losses.min() < least:
                 best, least = tried[np.argmin(losses)], float(losses.min())
         print(f"{least:.4g}", dict(zip(names, best.round(2).tolist(), strict=True)), flush=True)
