@@ -1,5 +1,6 @@
 """The state of `one_step`."""
 
+from collections.abc import Callable
 from typing import Any, Generic, NamedTuple
 
 import jax
@@ -40,31 +41,23 @@ Stored = OneStepState[dict[str, jax.Array]]
 Packed = OneStepState[jax.Array]
 
 
+def _each(state: OneStepState[Any], change: Callable[[Any], Any], diagnostics: Any) -> Any:
+    return state._replace(
+        group_learning_rates=change(state.group_learning_rates),
+        measurements=change(state.measurements),
+        diagnostics=diagnostics,
+    )
+
+
 def pack(state: Stored, groups: Groups) -> Packed:
     """The state with (K,) arrays for the dicts keyed by label, and without the direction."""
     check_names(state.group_learning_rates, groups)
-    return OneStepState(
-        count=state.count,
-        group_learning_rates=groups.pack(state.group_learning_rates),
-        schedule_factor=state.schedule_factor,
-        measurements=groups.pack(state.measurements),
-        coupling=state.coupling,
-        direction=(),
-        diagnostics=state.diagnostics.pack(groups),
-    )
+    return _each(state._replace(direction=()), groups.pack, state.diagnostics.pack(groups))
 
 
 def unpack(state: Packed, groups: Groups) -> Stored:
     """The state with dicts keyed by label for the (K,) arrays."""
-    return OneStepState(
-        count=state.count,
-        group_learning_rates=groups.unpack(state.group_learning_rates),
-        schedule_factor=state.schedule_factor,
-        measurements=groups.unpack(state.measurements),
-        coupling=state.coupling,
-        direction=state.direction,
-        diagnostics=state.diagnostics.unpack(groups),
-    )
+    return _each(state, groups.unpack, state.diagnostics.unpack(groups))
 
 
 def initial_state(
