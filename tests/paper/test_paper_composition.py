@@ -651,7 +651,7 @@ def test_shard_map_with_pmean_in_the_loss_equals_one_device(rule):
     def loss_fn(params, batch):
         return jax.lax.pmean(_network(params, batch), "x")
 
-    # A curvature along the whole step multiplies the rounding of losses that devices sum in another order.
+    # Devices sum in another order, and a curvature multiplies the rounding of losses.
     rtol = 1e-3 if rule is _plain else 1e-2
     _assert_all_close(_shard_mapped(rule, loss_fn), _reference_run(rule), rtol=rtol, atol=1e-5)
 
