@@ -1,20 +1,16 @@
 """Hessian-informed differential learning rates for Optax (Hi-DLR, arXiv 2501.06954)."""
 
-from hidlr_optax import averaging, curvature, influence, paper, peft, solvers
-from hidlr_optax._explain import explain
-from hidlr_optax._quadratic import Kept, Quadratic
-from hidlr_optax._rule.aliases import hiulr, multi_steps, paper_hidlr
-from hidlr_optax._rule.hold import hold
-from hidlr_optax._rule.transform import hidlr
+from hidlr_optax import averaging, influence, paper, peft, report
+from hidlr_optax._diagnostics import Kept, Slip
+from hidlr_optax._hidlr import hidlr, hiulr, multi_steps
+from hidlr_optax._quadratic import Quadratic
 from hidlr_optax._state import HiDLRState, is_due
-from hidlr_optax._suggest import Suggestion, suggest
 from hidlr_optax._take_step import take_step
-from hidlr_optax.curvature import gauss_newton, hessian, parabola, probes, secant
-from hidlr_optax.influence import metrics
 from hidlr_optax.influence._report import Influence
 from hidlr_optax.labels import label_by_depth, label_by_path, label_by_role
+from hidlr_optax.paper import paper_hidlr
 from hidlr_optax.peft._plan import Plan
-from hidlr_optax.solvers import coupled, diagonal
+from hidlr_optax.report import explain, metrics
 
 __version__ = "0.1.0"
 
@@ -24,17 +20,11 @@ __all__ = [
     "Kept",
     "Plan",
     "Quadratic",
-    "Suggestion",
+    "Slip",
     "averaging",
-    "coupled",
-    "curvature",
-    "diagonal",
     "explain",
-    "gauss_newton",
-    "hessian",
     "hidlr",
     "hiulr",
-    "hold",
     "influence",
     "is_due",
     "label_by_depth",
@@ -44,11 +34,7 @@ __all__ = [
     "multi_steps",
     "paper",
     "paper_hidlr",
-    "parabola",
     "peft",
-    "probes",
-    "secant",
-    "solvers",
-    "suggest",
+    "report",
     "take_step",
 ]

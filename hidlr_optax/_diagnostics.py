@@ -13,23 +13,40 @@ PerGroup = TypeVar("PerGroup")
 
 
 class Kept(enum.IntEnum):
-    """The status of a group after a refresh: updated, or why its learning rate was kept.
+    """The status of a group after a refresh: its number, and what it means to a person.
 
-    UPDATED (0): nothing was kept, the rate is new. NON_FINITE (1): a loss, gradient or update was
-    NaN or infinite. UNRESOLVED (2): the group's probes change the loss by less than its
-    floating-point type resolves. NOT_CONVEX (3): the curvature is negative or zero, so the
-    quadratic has no minimum. NO_SLOPE (4): the group's gradient or update is zero, and nothing asks
-    for a rate. OTHER_GROUP (5): another group's fit failed, and all rates are kept or none. ASCENDS
-    (6): the step as a whole goes uphill on the batch that made it.
+    Attributes:
+      message: in words.
     """
 
-    UPDATED = 0
-    NON_FINITE = 1
-    UNRESOLVED = 2
-    NOT_CONVEX = 3
-    NO_SLOPE = 4
-    OTHER_GROUP = 5
-    ASCENDS = 6
+    message: str
+
+    UPDATED = 0, "ok"
+    NON_FINITE = 1, "not finite: look for NaN in the loss, gradient or update"
+    UNRESOLVED = 2, "changes the loss by less than its rounding: converged, or in bfloat16"
+    NOT_CONVEX = 3, "no minimum along it: larger batches, or hidlr, which needs none"
+    NO_SLOPE = 4, "no slope at the last refresh: frozen, unused or masked?"
+    OTHER_GROUP = 5, "kept because of another group's numbers"
+    ASCENDS = 6, "goes uphill: see below"
+
+    def __new__(cls, code: int, message: str) -> "Kept":
+        """A number with a message."""
+        status = int.__new__(cls, code)
+        status._value_ = code
+        status.message = message
+        return status
+
+
+class Slip(enum.IntFlag):
+    """What a caller got wrong, found by numbers: flags, 0 where nothing was.
+
+    VALUE (1): `value` was not the loss at the parameters. GRADIENT (2): `grad` was not the gradient
+    of the loss. STEP (4): the parameters did not move by the step that was returned.
+    """
+
+    VALUE = 1
+    GRADIENT = 2
+    STEP = 4
 
 
 class Diagnostics(NamedTuple, Generic[PerGroup]):
@@ -39,7 +56,9 @@ class Diagnostics(NamedTuple, Generic[PerGroup]):
 
     Attributes:
       refreshes: () int32, refreshes so far, those that kept the rates included.
+      measured: () int32, how many of them measured the curvature of each group.
       cuts: () int32, how often the guard has cut the rates.
+      slips: () int32 of `Slip`: what the caller got wrong.
       kept: () int32 each, a `Kept`: why the last refresh kept the group's rate, 0 if it did not.
       slope: b, () float32 each, loss per unit learning rate, averaged over refreshes.
       curvature: a, () float32 each, loss per unit learning rate squared, averaged.
@@ -49,18 +68,18 @@ class Diagnostics(NamedTuple, Generic[PerGroup]):
         was not finite, or too small to be told from none.
       influence: the influence per parameter (PPI), b²/(a d), () float32 each, loss per parameter,
         of the last refresh whose curvature was positive; zero before.
-      highest_learning_rates: () float32 each, the highest that η has been after a refresh.
     """
 
     refreshes: jax.Array
+    measured: jax.Array
     cuts: jax.Array
+    slips: jax.Array
     kept: PerGroup
     slope: PerGroup
     curvature: PerGroup
     measured_slope: PerGroup
     measured_curvature: PerGroup
     influence: PerGroup
-    highest_learning_rates: PerGroup
 
     @staticmethod
     def begin(names: tuple[str, ...]) -> "Diagnostics[dict[str, jax.Array]]":
@@ -69,8 +88,9 @@ class Diagnostics(NamedTuple, Generic[PerGroup]):
         def zeros(dtype: Any = jnp.float32) -> dict[str, jax.Array]:
             return {name: jnp.zeros((), dtype) for name in names}
 
-        counts = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-        return Diagnostics(*counts, zeros(jnp.int32), *(zeros() for _ in range(6)))
+        fields: Any = {name: jnp.zeros((), jnp.int32) for name in Diagnostics._fields[:4]}
+        fields |= {name: zeros() for name in Diagnostics._fields[4:]}
+        return Diagnostics(**fields | {"kept": zeros(jnp.int32)})
 
     def pack(self, groups: Groups) -> "Diagnostics[jax.Array]":
         """The same with (K,) arrays for the dicts keyed by label."""
@@ -81,5 +101,6 @@ class Diagnostics(NamedTuple, Generic[PerGroup]):
         return self._each(groups.unpack)
 
     def _each(self, change: Callable[[Any], Any]) -> "Diagnostics[Any]":
-        refreshes, cuts, *per_group = self
-        return Diagnostics(refreshes, cuts, *map(change, per_group))
+        fields = self._asdict()
+        changed = {name: change(field) for name, field in list(fields.items())[4:]}
+        return self._replace(**changed)

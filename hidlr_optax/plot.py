@@ -20,8 +20,8 @@ except ModuleNotFoundError as error:
         "checkout"
     ) from error
 
-from hidlr_optax._quadratic import Kept
-from hidlr_optax._suggest import Suggestion
+from hidlr_optax._diagnostics import Kept
+from hidlr_optax.paper import Suggestion
 from hidlr_optax.peft._plan import Plan, Value
 
 

@@ -1,1 +1,1 @@
-"""The transformation and its rules: what moves the learning rates, and the guard."""
+"""The default rule, peak and hold: measure, rate, shape, guard; `hold` has their order."""

@@ -6,11 +6,27 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hidlr_optax._diagnostics import Diagnostics, Kept
 from hidlr_optax._groups import Groups
-from hidlr_optax._quadratic import Kept, Quadratic, influence, marginal
-from hidlr_optax._state import HiDLRState
+from hidlr_optax._quadratic import Quadratic, influence, marginal
 
 LIMB = 2**30  # sizes are stored in two int32: groups of large models outgrow one
+
+
+class State(NamedTuple):
+    """What is counted of the state of an optimizer.
+
+    Attributes:
+      count: updates.
+      group_learning_rates: η by label.
+      coupling: the curvature between groups, (K, K), or None.
+      diagnostics: of the last refresh.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    group_learning_rates: dict[str, jax.Array]
+    coupling: Any
+    diagnostics: Diagnostics[Any]
 
 
 class Moments(NamedTuple):
@@ -139,23 +155,23 @@ def _seen(slope: jax.Array, curvature: jax.Array, known: jax.Array) -> _Seen:
     return _Seen(total, convex & jnp.isfinite(total), known & (curvature < 0))
 
 
-def _seen_together(state: HiDLRState, members: jax.Array, rates: jax.Array) -> _Seen:
+def _seen_together(state: State, members: jax.Array, rates: jax.Array) -> _Seen:
     """Of sets, one row of (n, K) `members` each: slope and curvature along their groups' steps.
 
     A group without a slope adds nothing, and takes nothing away. The curvature between members is
     in it where it is measured: in the rows (Aη)_k of `hold`, or as the state's coupling.
     """
-    kept, slope = state.kept, state.measured_slope
+    kept, slope = state.diagnostics.kept, state.diagnostics.measured_slope
     known = (kept == Kept.UPDATED) | (kept == Kept.NOT_CONVEX) | (kept == Kept.NO_SLOPE)
     is_known = jnp.all(known | (members == 0), axis=1) & jnp.any(members * slope != 0, axis=1)
     steps = members * rates
-    curvature = steps**2 @ state.measured_curvature
+    curvature = steps**2 @ state.diagnostics.measured_curvature
     if state.coupling is not None:
         curvature += jnp.sum((steps @ state.coupling) * steps, axis=1)
     return _seen(steps @ slope, curvature, is_known)
 
 
-def count(running: Running, state: HiDLRState) -> Running:
+def count(running: Running, state: State) -> Running:
     """Counts the last refresh of the state, whether or not it has been counted before."""
     names, sets = sorted(state.group_learning_rates), sorted(running.members)
 
@@ -167,27 +183,25 @@ def count(running: Running, state: HiDLRState) -> Running:
         after = _add(before, values, present)
         return Moments(*({name: row[k] for k, name in enumerate(names)} for row in after))
 
-    packed = state._replace(
-        **{
-            field: pack(getattr(state, field))
-            for field in ("kept", "measured_slope", "measured_curvature", "slope", "curvature")
-        }
-    )
-    known = (packed.kept == Kept.UPDATED) | (packed.kept == Kept.NOT_CONVEX)
-    alone = seen = _seen(packed.measured_slope, packed.measured_curvature, known)
+    fields = "kept", "measured_slope", "measured_curvature", "slope", "curvature"
+    found = state.diagnostics
+    found = found._replace(**{field: pack(getattr(found, field)) for field in fields})
+    packed = state._replace(diagnostics=found)
+    known = (found.kept == Kept.UPDATED) | (found.kept == Kept.NOT_CONVEX)
+    alone = seen = _seen(found.measured_slope, found.measured_curvature, known)
     if sets:
         members = jnp.stack([pack(running.members[name]) for name in sets])
         rates = pack(state.group_learning_rates)
         together = _seen_together(packed, members, rates)
         seen = _Seen(*map(jnp.concatenate, zip(alone, together, strict=True)))
 
-    averaged = Quadratic(packed.slope, packed.curvature, state.coupling)
+    averaged = Quadratic(found.slope, found.curvature, state.coupling)
     share = marginal(averaged)
     has_share = alone.is_convex & (averaged.curvature > 0) & jnp.isfinite(share)
     unresolved = ~(seen.is_convex | seen.is_negative)
     rows = [*names, *sets]
     return running._replace(
-        refreshes=state.refreshes,
+        refreshes=found.measured,
         steps=state.count,
         counted=running.counted + 1,
         negative=_plus(running.negative, rows, seen.is_negative),

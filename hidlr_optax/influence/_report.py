@@ -5,6 +5,8 @@ import itertools
 import math
 from typing import Literal
 
+from hidlr_optax._text import aligned
+
 Status = Literal["resolved", "negative", "unresolved"]
 
 
@@ -61,14 +63,6 @@ def with_error(value: float | None, error: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.3g}" if error is None else f"{value:.3g} ± {error:.1g}"
-
-
-def aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    """Rows as lines of equally wide columns, the first one flush left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -150,7 +150,7 @@ def one_step(
         factor = jnp.asarray(1.0 if schedule is None else schedule(state.count), jnp.float32)
         new = new._replace(
             count=optax.safe_increment(state.count),
-            schedule_factor=factor,
+            applied=new.group_learning_rates * factor,
             direction=optax.tree.cast_like(updates, state.direction) if rule.looks_back else (),
         )
         return groups.scale(updates, new.group_learning_rates * factor), unpack(new, groups)

@@ -83,13 +83,12 @@ class Rule:
         kept = jnp.where((squares == 0) & (kept != Kept.NON_FINITE), Kept.NO_SLOPE, kept)
         sizes = jnp.asarray(known.coming.groups.sizes, jnp.float32)
         state = _recorded(state, measured, quadratic, kept.astype(jnp.int32), sizes)
-        highest = jnp.maximum(state.diagnostics.highest_learning_rates, rates)
         cuts = state.diagnostics.cuts + was_cut.astype(jnp.int32)
         return state._replace(
             group_learning_rates=rates,
             measurements=measurements,
             coupling=quadratic.coupling,
-            diagnostics=state.diagnostics._replace(cuts=cuts, highest_learning_rates=highest),
+            diagnostics=state.diagnostics._replace(cuts=cuts),
         )
 
     def _begun(self, state: Packed, known: Known) -> jax.Array:
@@ -123,7 +122,7 @@ class Rule:
         )
         if not self.looks_back:
             return measured
-        applied = jnp.where(is_first, 0.0, state.group_learning_rates * state.schedule_factor)
+        applied = jnp.where(is_first, 0.0, state.applied)
         # From its end to its start, b + Aη. So the slope at the start belongs to a batch that the
         # direction has not seen, and where the measured slope at the end is zero, the minimum lies
         # at the rates applied, whatever the curvature.
@@ -173,6 +172,7 @@ def _recorded(
     is_resolved = jnp.isfinite(curvature) & (jnp.abs(curvature) > measured.least_curvature)
     after = before._replace(
         refreshes=optax.safe_increment(before.refreshes),
+        measured=optax.safe_increment(before.measured),
         kept=kept,
         slope=quadratic.slope,
         curvature=quadratic.curvature,

@@ -20,7 +20,8 @@ class OneStepState(NamedTuple, Generic[PerGroup]):
     Attributes:
       count: () int32, updates so far.
       group_learning_rates: η, () float32 each, without the schedule's factor.
-      schedule_factor: () float32, the factor of the schedule at the last update.
+      applied: (K,) float32, the rates of the last step in the order of the sorted labels, times the
+        factor of the schedule.
       measurements: () int32 each, how many refreshes the averages of slope and curvature hold.
       coupling: the curvature between groups, (K, K) float32 in the order of the sorted labels, zero
         on its diagonal, averaged; None where the estimator does not measure it.
@@ -30,7 +31,7 @@ class OneStepState(NamedTuple, Generic[PerGroup]):
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     group_learning_rates: PerGroup
-    schedule_factor: jax.Array
+    applied: jax.Array
     measurements: PerGroup
     coupling: Any
     direction: Any
@@ -74,7 +75,7 @@ def initial_state(
     return OneStepState(
         count=jnp.zeros((), jnp.int32),
         group_learning_rates=initial_rates(init_learning_rate, names),
-        schedule_factor=jnp.ones((), jnp.float32),
+        applied=jnp.zeros(len(names), jnp.float32),
         measurements={name: jnp.zeros((), jnp.int32) for name in names},
         coupling=jnp.zeros((len(names), len(names)), jnp.float32) if couples else None,
         direction=optax.tree.zeros_like(params) if looks_back else (),

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any, Literal
 
 from hidlr_optax._groups import check_not_module, label_names
-from hidlr_optax.influence._report import Influence, aligned, with_error
+from hidlr_optax._text import aligned
+from hidlr_optax.influence._report import Influence, with_error
 from hidlr_optax.labels import label_by_path, label_by_role
 from hidlr_optax.peft._plan_json import read, write
 

@@ -1,0 +1,40 @@
+"""The guard: no step promises too much, and a step that has done harm is taken back.
+
+Harm is what one batch says: the loss at the end of the last step lies far above that at its start.
+A rise of the running loss is none, since objectives move.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from hidlr_optax._rule.measure import TINY
+from hidlr_optax._rule.rate import FALL
+
+JUMP = 0.3  # of the loss: a rise by more is harm, and calls for a look at once
+USUAL = 10.0  # times what steps promise on average, that a step may promise
+RECOVER = 2 ** (1 / 70)  # a halved factor is whole again after 70 updates
+
+
+def harms(won: jax.Array, size: jax.Array) -> jax.Array:
+    """Whether the last step has raised the loss of a batch that it has not seen by 30 %."""
+    return won < -JUMP * size
+
+
+def jumped(value: jax.Array, usual: jax.Array) -> jax.Array:
+    """Whether the loss calls for a look at once. One that finds no harm changes nothing."""
+    return value - usual > JUMP * jnp.abs(usual)
+
+
+def recovered(factor: jax.Array, harmed: jax.Array) -> jax.Array:
+    """The factor of the guard for the next update, at most 1."""
+    return jnp.minimum(factor * jnp.where(harmed, FALL, RECOVER), 1)
+
+
+def cap(promise: jax.Array, promised: jax.Array, size: jax.Array) -> jax.Array:
+    """The part of the coming step to take, by what it promises to win by its slope: ().
+
+    It may promise the loss, or ten times what steps promise on average if that is more: Polyak's
+    step as an upper bound. Where a plateau ends, gradients grow from step to step.
+    """
+    most = jnp.maximum(size, USUAL * promised)
+    return jnp.where(promise > most, most / jnp.maximum(promise, TINY), 1.0)

@@ -1,0 +1,126 @@
+"""What a refresh leaves for a person: statuses, measurements, and slips of the caller."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from hidlr_optax._diagnostics import Diagnostics, Kept, Slip
+from hidlr_optax._groups import wide
+from hidlr_optax._quadratic import Quadratic, influence_per_parameter
+from hidlr_optax._rule.measure import Call, Look, Products
+from hidlr_optax._rule.rate import average
+
+CURVATURES = 0.9  # memory of the slopes and curvatures that a person reads
+
+
+def distrusts(diagnostics: Diagnostics[Any]) -> jax.Array:
+    """Whether loss and gradient at the parameters have to be evaluated: those given were wrong."""
+    return (diagnostics.slips & (Slip.VALUE | Slip.GRADIENT).value) != 0
+
+
+def recorded(
+    diagnostics: Diagnostics[jax.Array],
+    call: Call,
+    products: Products,
+    seen: Look,
+    resolved: jax.Array,
+    is_along: jax.Array,
+    alone: jax.Array,
+    harmed: jax.Array,
+    follows: jax.Array,
+) -> Diagnostics[jax.Array]:
+    """The diagnostics after a refresh.
+
+    Args:
+      diagnostics: before it.
+      call: what `update` was told.
+      products: of this call.
+      seen: the look.
+      resolved: whether it measured anything.
+      is_along: whether it was at the last step as it was, so that it gives slopes.
+      alone: whether it gives the curvature of each group alone.
+      harmed: whether the last step did harm.
+      follows: whether the parameters moved as they were told.
+    """
+    slope = seen.slope + seen.rows
+    curvature = seen.rows / jnp.where(seen.rates == 0, 1, seen.rates)
+    has_slope = resolved & is_along & (seen.rates != 0)
+    has_curvature = resolved & alone & (seen.rates != 0)
+
+    def mean(old: jax.Array, new: jax.Array, use: jax.Array, count: jax.Array) -> jax.Array:
+        return jnp.where(use, average(old, new, count, CURVATURES), old)
+
+    quadratic = Quadratic(
+        mean(diagnostics.slope, slope, has_slope, diagnostics.refreshes),
+        mean(diagnostics.curvature, curvature, has_curvature, diagnostics.measured),
+    )
+    ppi = influence_per_parameter(quadratic, jnp.asarray(call.groups.sizes, jnp.float32))
+    has_influence = (quadratic.curvature > 0) & jnp.isfinite(ppi)
+    slips = Slip.VALUE * ~seen.fits_value + Slip.GRADIENT * ~seen.fits_slope + Slip.STEP * ~follows
+    return Diagnostics(
+        refreshes=diagnostics.refreshes + 1,
+        measured=diagnostics.measured + (resolved & alone),
+        cuts=diagnostics.cuts + harmed,
+        slips=diagnostics.slips | slips.astype(jnp.int32),
+        kept=_statuses(diagnostics.kept, products, seen, call.value, resolved),
+        slope=quadratic.slope,
+        curvature=quadratic.curvature,
+        measured_slope=jnp.where(has_slope, slope, diagnostics.measured_slope),
+        measured_curvature=jnp.where(has_curvature, curvature, diagnostics.measured_curvature),
+        influence=jnp.where(has_influence, ppi, diagnostics.influence),
+    )
+
+
+def _statuses(
+    before: jax.Array, products: Products, seen: Look, value: jax.Array, resolved: jax.Array
+) -> jax.Array:
+    """(K,) int32 of `Kept`; as before where no step had been taken that could be looked at."""
+    finite = jnp.isfinite(seen.won) & jnp.all(jnp.isfinite(seen.rows)) & jnp.isfinite(value)
+    status = jnp.where(jnp.sum(products.ug) >= 0, Kept.ASCENDS, Kept.UPDATED)
+    status = jnp.where(resolved, status, Kept.UNRESOLVED)
+    statuses = jnp.where((products.ug == 0), Kept.NO_SLOPE, status)
+    statuses = jnp.where(finite, statuses, Kept.NON_FINITE)
+    return jnp.where(jnp.any(seen.rates != 0), statuses, before).astype(jnp.int32)
+
+
+def follows(call: Call, products: Products, applied: jax.Array, position: jax.Array) -> jax.Array:
+    """Whether the parameters moved along the last direction by about as much as they were told.
+
+    Of parameters or directions narrower than float32, rounding takes a part of each step. They say
+    nothing.
+
+    Args:
+      call: what `update` was told.
+      products: of this call.
+      applied: the rates of the last step, (K,).
+      position: ⟨w, u⟩ before it.
+    """
+    leaves = jax.tree.leaves((call.params, call.last))
+    if any(wide(leaf.dtype) != leaf.dtype for leaf in map(jnp.asarray, leaves)):
+        return jnp.ones((), bool)
+    told, moved = applied @ products.vv, jnp.sum(products.wv) - position
+    whole = products.whole()
+    rounding = 1e-5 * jnp.sqrt(whole.ww * whole.vv)
+    ratio = moved / jnp.where(told == 0, 1, told)
+    known = (jnp.abs(told) > rounding) & jnp.isfinite(ratio)
+    return ~known | ((ratio > 0.5) & (ratio < 2))
+
+
+def where_due(due: jax.Array, found: Callable[[], Any], kept: Any) -> Any:
+    """What `found` returns where something is due, else what is kept.
+
+    Outside of jit, where `due` is known, nothing is compiled for the branch that is not taken.
+    """
+    if not isinstance(due, Tracer):
+        return found() if due else kept
+    try:
+        return jax.lax.cond(due, found, lambda: kept)
+    except TypeError as error:
+        error.add_note(
+            "If this is inside shard_map: the loss differs from device to device, and each would "
+            "come to its own learning rates. Use jax.lax.pmean on the loss, value and grad."
+        )
+        raise

@@ -1,0 +1,108 @@
+"""The proportions of the groups: how far each may go compared with the others.
+
+Along a step, group k has the cost c_k = η_k (Aη)_k and the gain s_k = η_k S_k. The proportions move
+until all groups have the same
+
+    cost c_k           for normalised directions (Adam, Lion), which do not shrink
+    ratio c_k / s_k    for sums of gradients (SGD, momentum)
+
+and between for what lies between. Both follow the units. Measure the parameters of a group in a
+thousandth, and its rate becomes a thousand times larger for Adam, a million times for SGD. A group
+that is not coupled has c = η²a, so its rate is in proportion to 1/√a or to S/a after one look.
+Coupled groups get there in a few, as in Ruiz scaling ("A scaling algorithm to equilibrate both rows
+and columns norms in matrices", 2001).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hidlr_optax._rule.rate import FIND, average
+
+PRIOR = 2.2  # logarithm of a proportion that is half believed: smaller ones are noise
+
+
+class Groupwise(NamedTuple):
+    """Averages over looks, (K,) each.
+
+    Attributes:
+      slope: S_k, loss per unit learning rate.
+      square: the square of (Aη)_k per unit of the joint rate.
+    """
+
+    slope: Any
+    square: Any
+
+
+def include(
+    mean: Groupwise, slope: jax.Array, rows: jax.Array, unit: jax.Array, count: jax.Array
+) -> Groupwise:
+    """The averages with one look."""
+    new = Groupwise(slope, (rows / unit) ** 2)
+    return jax.tree.map(lambda old, x: average(old, x, count, FIND), mean, new)
+
+
+def believed(proportion: jax.Array) -> jax.Array:
+    """Large differences as they are, small ones hardly: T⁵ / (T⁴ + 2.2⁴)."""
+    fourth = proportion**4
+    return proportion * fourth / (fourth + PRIOR**4)
+
+
+def target(
+    mean: Groupwise, log_shape: jax.Array, asked: jax.Array, normalised: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The logarithms of the proportions to move to, and for which groups they are known: (K,) each.
+
+    Differences are those from the median group, since most groups share one rate.
+
+    Args:
+      mean: of the groups.
+      log_shape: the logarithms of the present proportions, (K,).
+      asked: those that small differences fall back to, (K,).
+      normalised: of the direction, from 0 to 1.
+    """
+    gain, cost = mean.slope, jnp.sqrt(mean.square)
+    known = (gain > 0) & (cost > 0) & jnp.isfinite(gain) & jnp.isfinite(cost)
+    gain, cost = (log_shape + jnp.log(jnp.where(known, x, 1)) for x in (gain, cost))
+    sums = 1 - normalised
+    apart = log_shape + sums * gain - (1 + sums) / 2 * cost - asked
+    middle = jnp.nanmedian(jnp.where(known, apart, jnp.nan))
+    return asked + believed(jnp.where(known, apart - middle, 0)), known
+
+
+def change(
+    mean: Groupwise,
+    log_shape: jax.Array,
+    asked: jax.Array,
+    normalised: jax.Array,
+    weight: jax.Array,
+    most: jax.Array,
+) -> jax.Array:
+    """The logarithms of what the proportions are multiplied by, (K,); their mean is zero.
+
+    Args:
+      mean: of the groups, as the next three as in `target`.
+      log_shape: likewise.
+      asked: likewise.
+      normalised: likewise.
+      weight: the part of the way to go.
+      most: the logarithm by which one look moves a proportion at most.
+    """
+    wanted, known = target(mean, log_shape, asked, normalised)
+    away = jnp.where(known, wanted - log_shape, 0)
+    away -= jnp.sum(away) / jnp.maximum(jnp.sum(known), 1)
+    moved = weight * jnp.where(known, jnp.clip(away, -most, most), 0)
+    return moved - jnp.mean(moved)
+
+
+def effect(mean: Groupwise, log_shape: jax.Array, moved: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """By what this move of the proportions multiplies S and C of the joint step: () each."""
+
+    def quotient(part: jax.Array, power: int) -> jax.Array:
+        before, after = jnp.sum(part), part @ jnp.exp(power * moved)
+        usable = (before > 0) & (after > 0)
+        return jnp.where(usable, after / jnp.where(usable, before, 1), 1.0)
+
+    shape = jnp.exp(log_shape)
+    return quotient(shape * mean.slope, 1), quotient(shape * jnp.sqrt(mean.square), 2)

@@ -1,0 +1,7 @@
+"""What a run says of itself: `find_state`, `metrics` for a log, `explain` for a person."""
+
+from hidlr_optax.report._explain import explain
+from hidlr_optax.report._find import find_state
+from hidlr_optax.report._metrics import metrics
+
+__all__ = ["explain", "find_state", "metrics"]
