@@ -11,6 +11,7 @@ from hidlr_optax._rule.measure import TINY
 from hidlr_optax._rule.rate import FALL
 
 JUMP = 0.3  # of the loss: a rise by more is harm, and calls for a look at once
+ALARM = 0.3
 USUAL = 10.0  # times what steps promise on average, that a step may promise
 RECOVER = 2 ** (1 / 70)  # a halved factor is whole again after 70 updates
 
@@ -22,7 +23,7 @@ def harms(won: jax.Array, size: jax.Array) -> jax.Array:
 
 def jumped(value: jax.Array, usual: jax.Array) -> jax.Array:
     """Whether the loss calls for a look at once. One that finds no harm changes nothing."""
-    return value - usual > JUMP * jnp.abs(usual)
+    return value - usual > ALARM * jnp.abs(usual)
 
 
 def recovered(factor: jax.Array, harmed: jax.Array) -> jax.Array:

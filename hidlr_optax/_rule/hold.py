@@ -100,7 +100,9 @@ def update(state: State, call: Call, clock: Clock, asked: jax.Array) -> tuple[St
         def refreshed() -> tuple[State, jax.Array]:
             return refresh(state, call.valued(), slope, clock, asked, jumped)
 
-        state, harmed = record.where_due(due & clock.allowed, refreshed, (state, harmed))
+        # Only a look at the very next update can tell how far the parameters have moved.
+        waiting = state._replace(memory=state.memory._replace(position=jnp.zeros((), jnp.float32)))
+        state, harmed = record.where_due(due & clock.allowed, refreshed, (waiting, harmed))
     return _guarded(state, call, slope, clock, harmed), harmed
 
 
@@ -210,9 +212,7 @@ def refresh(
     by_group = shape.include(memory.by_group, slope, seen.rows, seen.unit, memory.looks)
     moved = _moved(by_group, now, asked, kinds[0], resolved)
     mean, change = _changed(memory, seen, by_group, moved, now, kinds, level, clock, along)
-    # One look follows another only while the rates are found.
     follows = record.follows(call, products, state.applied, memory.position)
-    follows |= ~now.finding | now.begins
     position = jnp.sum(products.wu)
     harmed = along & guard.harms(seen.won, now.size)
     change += jnp.where(harmed & now.finding, jnp.log(rate.FALL), 0)

@@ -96,7 +96,7 @@ def follows(call: Call, products: Products, applied: jax.Array, position: jax.Ar
       call: what `update` was told.
       products: of this call.
       applied: the rates of the last step, (K,).
-      position: ⟨w, u⟩ before it.
+      position: ⟨w, u⟩ before it; 0 where that is not known.
     """
     leaves = jax.tree.leaves((call.params, call.last))
     if any(wide(leaf.dtype) != leaf.dtype for leaf in map(jnp.asarray, leaves)):
@@ -105,7 +105,7 @@ def follows(call: Call, products: Products, applied: jax.Array, position: jax.Ar
     whole = products.whole()
     rounding = 1e-5 * jnp.sqrt(whole.ww * whole.vv)
     ratio = moved / jnp.where(told == 0, 1, told)
-    known = (jnp.abs(told) > rounding) & jnp.isfinite(ratio)
+    known = (jnp.abs(told) > rounding) & jnp.isfinite(ratio) & (position != 0)
     return ~known | ((ratio > 0.5) & (ratio < 2))
 
 
