@@ -2,9 +2,9 @@
 
 On digits (an MLP, one fifth of the labels wrong) with AdamW and on an additive model with SGD,
 cosine schedule, three seeds: the design of the probes, the diagonal against the whole matrix, Φ,
-K, the batch that slopes come from, averaging, an initial rate that is wrong by up to a hundred, no
-schedule, momentum and weight decay in the direction. The first lines are the default rule, and the
-rule of the first version (`coupled()` with `probes()`), which the parts below it belong to.
+K, the batch that slopes come from, averaging, no schedule, momentum and weight decay in the
+direction. The first lines are the default rule. The "first version" is `paper.one_step`, which the
+parts below it belong to.
 
     python benchmarks/ablations.py --out ablations.jsonl
     python benchmarks/ablations.py --out ablations.jsonl --report
@@ -35,26 +35,24 @@ class Variant(NamedTuple):
     """A change.
 
     Attributes:
-      arguments: of `hidlr`.
+      arguments: of the rule.
       grouping: "finest", that of the workload; "all"; "halves"; or "leaves".
       cosine: whether there is a schedule.
       base: in place of the problem's own optimizer.
+      rule: (loss, labels, schedule=, **arguments) -> transformation.
     """
 
     arguments: Mapping[str, Any] = types.MappingProxyType({})
     grouping: str = "finest"
     cosine: bool = True
     base: Callable[[], optax.GradientTransformation] | None = None
+    rule: Callable[..., optax.GradientTransformation] = hd.hidlr
 
 
 def _first(**arguments: Any) -> Variant:
     """The first version's rule, with something changed."""
-    parts: dict[str, Any] = {
-        "solver": hd.coupled(),
-        "curvature": hd.probes(batch_size=1),
-        "slope": "lagged",
-    }
-    return Variant(parts | arguments)
+    probes = {"curvature": hd.paper.probes(batch_size=1)}
+    return Variant(probes | arguments, rule=hd.paper.one_step)
 
 
 VARIANTS: dict[str, Variant] = {
@@ -64,19 +62,16 @@ VARIANTS: dict[str, Variant] = {
     "default, two groups": Variant(grouping="halves"),
     "default, a group for each leaf": Variant(grouping="leaves"),
     **{f"default, Φ = {n}": Variant({"update_interval": n}) for n in (1, 4, 40)},
-    **{
-        f"default, first rate × {10.0**n:g}": Variant({"init_learning_rate": 1e-3 * 10.0**n})
-        for n in (-2, 2)
-    },
-    "default, slope of the same batch": Variant({"slope": "gradient"}),
     "default, momentum in the direction": Variant(base=lambda: optax.sgd(1.0, momentum=0.9)),
     "default, weight decay 0.1 in the direction": Variant(
         base=lambda: optax.adamw(1.0, weight_decay=0.1)
     ),
     "first version": _first(),
-    "first version, random probes": _first(curvature=hd.probes(design="gaussian", batch_size=1)),
-    "first version, the diagonal alone": _first(solver=hd.diagonal()),
-    "first version, the whole Hessian": _first(curvature=hd.hessian(batch_size=1)),
+    "first version, random probes": _first(
+        curvature=hd.paper.probes(design="gaussian", batch_size=1)
+    ),
+    "first version, the diagonal alone": _first(solver=hd.paper.diagonal()),
+    "first version, the whole Hessian": _first(curvature=hd.paper.hessian(batch_size=1)),
     "first version, slope of the same batch": _first(slope="gradient"),
     "first version, no averaging": _first(ema_decay=0.0),
     "first version, Φ = 1": _first(update_interval=1),
@@ -103,7 +98,7 @@ def job(problem: str, name: str, steps: int | None) -> Job:
         workload = WORKLOADS[problem]()
         workload = workload if steps is None else workload._replace(steps=steps)
         decay = optax.cosine_decay_schedule(1.0, workload.steps) if variant.cosine else None
-        rule = hd.hidlr(
+        rule = variant.rule(
             workload.loss,
             labels_of(workload, variant.grouping),
             schedule=decay,

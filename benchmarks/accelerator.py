@@ -10,8 +10,10 @@ is due; of "two programs", the loop knows, and steps between refreshes have no b
 """
 
 import argparse
+import functools
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +28,7 @@ from tables import markdown
 
 import hidlr_optax as hd
 
-CYCLE = 40  # steps that are timed: at Φ = 10 four refreshes, of which one is a split
+CYCLE = 40  # steps that are timed: at Φ = 10 four refreshes
 
 
 class Setting(NamedTuple):
@@ -37,33 +39,30 @@ class Setting(NamedTuple):
       groups: K; 0 for AdamW alone.
       interval: Φ.
       programs: 2 for a step of its own between refreshes.
-      arguments: of `hidlr`, beside.
+      rule: (loss, labels, update_interval=) -> transformation.
     """
 
     name: str
     groups: int
     interval: int
     programs: int
-    arguments: dict[str, Any]
+    rule: Callable[..., Any] = hd.hidlr
 
 
-BASE = Setting("AdamW", 0, 0, 1, {})
-HOLD = [
-    Setting("hidlr", *sizes, {})
+BASE = Setting("AdamW", 0, 0, 1)
+HIDLR = [
+    Setting("hidlr", *sizes)
     for sizes in ((1, 10, 1), (1, 10, 2), (12, 10, 1), (12, 10, 2), (12, 4, 2), (12, 1, 1))
 ]
 OTHERS = [
-    Setting("hidlr, direction in bfloat16", 12, 10, 2, {"lagged_dtype": jnp.bfloat16}),
-    *(
-        Setting(
-            f"first version, probes {how}",
-            3,
-            10,
-            1,
-            {"solver": hd.coupled(), "curvature": hd.probes(batch_size=size)},
-        )
-        for how, size in (("at once", None), ("one at a time", 1))
-    ),
+    Setting(
+        f"first version, probes {how}",
+        3,
+        10,
+        1,
+        functools.partial(hd.paper.one_step, curvature=hd.paper.probes(batch_size=size)),
+    )
+    for how, size in (("at once", None), ("one at a time", 1))
 ]
 
 
@@ -95,7 +94,7 @@ def compiled(setting: Setting, problem: Problem) -> tuple[Program, Program | Non
     if setting.groups == 0:
         return program(bare(), problem), None
     labels = hd.label_by_depth(problem.params, setting.groups) if setting.groups > 1 else "all"
-    rule = hd.hidlr(problem.loss, labels, update_interval=setting.interval, **setting.arguments)
+    rule = setting.rule(problem.loss, labels, update_interval=setting.interval)
     tx = behind_adamw(rule)
     between = program(tx, problem, refresh=False) if setting.programs == 2 else None
     return program(tx, problem), between
@@ -163,7 +162,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one small layer, K = 1")
     args = parser.parse_args()
     config = gpt.Config(256, 512, 768, 12, 12)
-    settings, size, repeats = [*HOLD, *OTHERS], args.batch_size, args.repeats
+    settings, size, repeats = [*HIDLR, *OTHERS], args.batch_size, args.repeats
     if args.quick:
         config, size, repeats = gpt.Config(256, 32, 64, 1, 2), 4, 1
         settings = settings[:2]

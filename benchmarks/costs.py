@@ -1,6 +1,5 @@
 """What `hidlr` costs: looks at the loss by counting, and steps timed beside each other."""
 
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -15,8 +14,6 @@ import hidlr_optax as hd
 
 FINDING = 20  # steps with a refresh at each
 WARM = FINDING + 1  # steps before the clock starts: every branch has run
-CHECKS = 3  # refreshes at which `hidlr` compares value and gradient
-SPLIT = 4  # `hold` measures the single groups at every fourth refresh
 STEP = 3  # forward passes that a step is worth: one, and twice as much work backward
 
 
@@ -26,38 +23,39 @@ class Looks(NamedTuple):
     Attributes:
       forwards: evaluations.
       gradients: evaluations with a gradient.
-      tangents: evaluations with a derivative along one direction.
     """
 
     forwards: int
     gradients: int = 0
-    tangents: int = 0
 
     @property
     def forward_passes(self) -> int:
-        """In evaluations: a gradient is worth as many as a step, a tangent two."""
-        return self.forwards + STEP * self.gradients + 2 * self.tangents
+        """In evaluations: a gradient is worth as many as a step."""
+        return self.forwards + STEP * self.gradients
 
 
-def refreshes(interval: int, steps: int, warmup: int = FINDING, **widens: Any) -> int:
-    """Of a run; `widen_after` as `hd.is_due` takes it."""
-    return sum(hd.is_due(step, interval, warmup, **widens) for step in range(steps))
+def refreshes(interval: int, steps: int) -> int:
+    """Of `hidlr` in a run."""
+    return sum(hd.is_due(step, interval) for step in range(steps))
+
+
+def fixed_refreshes(interval: int, steps: int, warmup: int) -> int:
+    """Of `paper.one_step` in a run, whose interval does not widen."""
+    return sum(step < warmup or step % interval == 0 for step in range(steps))
 
 
 def looks(groups: int, interval: int, steps: int) -> Looks:
-    """Of `hold`, the default rule.
+    """Of `hidlr`, the default rule: one a refresh, two at the first.
 
-    The looks ahead that the guard calls for come on top; there is none where the loss does not
-    jump.
+    Looks that a jump of the loss calls for come on top.
     """
-    count = refreshes(interval, steps)
-    return Looks(count + FINDING, -(-count // SPLIT) if groups > 1 else 0, 2 * CHECKS)
+    count = refreshes(interval, steps) + 1
+    return Looks(0, count) if groups > 1 else Looks(count)
 
 
 def probe_looks(probes: Any, warmup: int, groups: int, interval: int, steps: int) -> Looks:
-    """Of a rule with the estimator `probes`, and slopes that cost nothing."""
-    count = refreshes(interval, steps, warmup, widen_after=math.inf)
-    return Looks(probes.forward_passes(groups) * count)
+    """Of `paper.one_step` with the estimator `probes`, and slopes that cost nothing."""
+    return Looks(probes.forward_passes(groups) * fixed_refreshes(interval, steps, warmup))
 
 
 class Problem(NamedTuple):

@@ -211,7 +211,13 @@ def untuned(problem: Problem, steps: int) -> dict[str, Callable[[], Made]]:
         batch_size=1,
         **shared,
     )
-    first = functools.partial(dlr, solver=hd.coupled(), curvature=hd.probes(batch_size=1))
+    first = functools.partial(
+        hd.paper.one_step,
+        loss,
+        workloads.first_key,
+        curvature=hd.paper.probes(batch_size=1),
+        **shared,
+    )
     found = {
         "hidlr": behind(dlr),
         "hidlr, cosine": behind(functools.partial(dlr, schedule=decay)),

@@ -1,9 +1,9 @@
 """What `hidlr` costs beside AdamW: time, FLOPs, memory and compilation.
 
-A small transformer and a residual CNN, K groups of neighbouring parameters, every estimator. A step
-with a refresh and one without are timed by themselves, in turn with AdamW's, and a run of 1,000
-steps at any interval Φ is put together from them: 20 steps that find the rates, then a refresh at
-every Φ-th. The paper's estimate is a relative speed of 1/(1 + 4K/3Φ).
+A small transformer and a residual CNN, K groups of neighbouring parameters. A step with a refresh
+and one without are timed by themselves, in turn with AdamW's, and a run of 1,000 steps at any
+interval Φ is put together from them: 21 steps that find the rates, then a refresh at every Φ-th.
+The paper's estimate is a relative speed of 1/(1 + 4K/3Φ).
 
     python benchmarks/overhead.py --out overhead.json
     python benchmarks/overhead.py --out overhead.json --problems CNN --rules "hidlr" --groups 3
@@ -11,7 +11,6 @@ every Φ-th. The paper's estimate is a relative speed of 1/(1 + 4K/3Φ).
 
 import argparse
 import json
-import math
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from costs import Problem, bare, behind_adamw, beside, looks, program, refreshes
+from costs import (
+    FINDING,
+    Problem,
+    bare,
+    behind_adamw,
+    beside,
+    fixed_refreshes,
+    looks,
+    program,
+    refreshes,
+)
 from flax import nnx
 from models import gpt
 from tables import markdown
@@ -94,16 +103,16 @@ def cnn(size: int = 32) -> Problem:
 PROBLEMS: dict[str, Callable[[], Problem]] = {"transformer": transformer, "CNN": cnn}
 
 
-def _hidlr(**parts: Any) -> Callable[[Problem, Any], Any]:
+def _hidlr(problem: Problem, labels: Any) -> Any:
+    return hd.hidlr(problem.loss, labels, update_interval=1)
+
+
+def _first(batch_size: int | None) -> Callable[[Problem, Any], Any]:
     def make(problem: Problem, labels: Any) -> Any:
-        return hd.hidlr(problem.loss, labels, update_interval=1, **parts)
+        probes = hd.paper.probes(batch_size=batch_size)
+        return hd.paper.one_step(problem.loss, labels, update_interval=1, curvature=probes)
 
     return make
-
-
-def _gauss_newton(problem: Problem, labels: Any) -> Any:
-    estimator = hd.gauss_newton(problem.outputs, problem.output_loss)
-    return _hidlr(curvature=estimator)(problem, labels)
 
 
 def _algorithm_1(problem: Problem, labels: Any) -> Any:
@@ -114,21 +123,19 @@ def _algorithm_1(problem: Problem, labels: Any) -> Any:
 
 # (problem, labels) -> the rule, with a refresh at every step.
 RULES: dict[str, Callable[[Problem, Any], Any]] = {
-    "hidlr": _hidlr(),
-    "parabola": _hidlr(curvature=hd.parabola()),
-    "hessian": _hidlr(curvature=hd.hessian()),
-    "Gauss-Newton": _gauss_newton,
-    "first version, one at a time": _hidlr(solver=hd.coupled(), curvature=hd.probes(batch_size=1)),
-    "first version, at once": _hidlr(solver=hd.coupled(), curvature=hd.probes()),
+    "hidlr": _hidlr,
+    "first version, one at a time": _first(1),
+    "first version, at once": _first(None),
     "Algorithm 1, one at a time": _algorithm_1,
 }
 
 
 def share_of_refreshes(interval: int, rule: str) -> float:
-    """Of the steps of a run; the interval of `hold` widens."""
-    is_hold = rule in ("hidlr", "parabola", "hessian", "Gauss-Newton")
-    widens: dict[str, Any] = {} if is_hold else {"widen_after": math.inf}
-    return refreshes(interval, STEPS, **widens) / STEPS
+    """Of the steps of a run; the interval of `hidlr` widens."""
+    if rule == "hidlr":
+        return refreshes(interval, STEPS) / STEPS
+    warmup = 0 if rule.startswith("Algorithm 1") else FINDING
+    return fixed_refreshes(interval, STEPS, warmup) / STEPS
 
 
 def measure(
@@ -169,16 +176,15 @@ def default_flops(groups: int, problem: Problem, base: Any) -> dict[tuple[int, i
     """
     params, batch = problem.params, problem.batch(0)
     forward, gradient = (flops(fn, params, batch) for fn in (problem.loss, jax.grad(problem.loss)))
-    tangent = flops(lambda p, b: jax.jvp(lambda q: problem.loss(q, b), (p,), (p,)), params, batch)
     product = 2 * sum(map(np.size, jax.tree.leaves(params)))
     whole = base.step.cost_analysis()["flops"]
 
     def added(interval: int, steps: int) -> float:
         looked, count = looks(groups, interval, steps), refreshes(interval, steps)
-        # Per refresh: two slopes, one of them twice, the six products of `preconditioned`, the
-        # length of the parameters, whether updates are finite, and whether they are zero.
-        products = (12 * count + steps) * product
-        work = looked.forwards * forward + looked.gradients * gradient + looked.tangents * tangent
+        # Per refresh: nine inner products, the step back, and a slope there. Per step: a slope,
+        # and the last step where it is taken back.
+        products = (11 * count + 2 * steps) * product
+        work = looked.forwards * forward + looked.gradients * gradient
         return (work + products) / (steps * whole)
 
     settings = [(interval, steps) for interval in INTERVALS for steps in LENGTHS]

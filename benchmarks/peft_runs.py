@@ -28,17 +28,12 @@ def rule(labels: Any, steps: int) -> optax.GradientTransformationExtraArgs:
 
 
 def measuring_rule(steps: int) -> optax.GradientTransformationExtraArgs:
-    """The rates while influence is measured: each group by probes of its own.
-
-    By default rates begin small and all groups are measured together: what a group whose slope and
-    curvature are both next to nothing is worth, such as lora_A while lora_B is zero, is then 0/0.
-    """
-    return hd.hidlr(
+    """The rates while influence is measured: each group by probes of its own."""
+    return hd.paper.one_step(
         None,
         LABELS,
         update_interval=20,
-        solver=hd.coupled(),
-        curvature=hd.probes(batch_size=1),
+        curvature=hd.paper.probes(batch_size=1),
         schedule=optax.cosine_decay_schedule(1.0, steps),
     )
 

@@ -31,9 +31,9 @@ WORKLOAD, ITERATIONS, STEPS = "digits", (5, 50, 200), 400
 PLACES = np.linspace(-2, 4, 61)
 TOGETHER = "all together"
 ESTIMATORS: dict[str, Any] = {
-    "probes": hd.probes(),
-    "secant": hd.secant(),
-    "Hessian": hd.hessian(),
+    "probes": hd.paper.probes(),
+    "secant": hd.paper.secant(),
+    "Hessian": hd.paper.hessian(),
 }
 
 
@@ -88,8 +88,7 @@ def run(seed: int, iterations: tuple[int, ...], steps: int) -> list[Row]:
         params, states, seen = step(params, states, key)
         if n not in iterations:
             continue
-        rates = groups.pack(states[1].group_learning_rates) * states[1].schedule_factor
-        found = jax.tree.map(np.asarray, measure(before, rates, seen))
+        found = jax.tree.map(np.asarray, measure(before, states[1].applied, seen))
         for k, group in enumerate([*groups.names, TOGETHER]):
             lines = rounded({name: value[k] for name, value in found.items()}, 7)
             rows.append({"iteration": n, "group": group, "steps": steps} | lines)

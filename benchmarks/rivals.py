@@ -19,7 +19,7 @@ SMOOTHING = 0.9
 LEAST_FIT = 0.99  # R² under which a fit is thrown away
 CLAMP = 10.0  # how far from the current rate the minimum of a fit may lie
 AVERAGED = ", averaged parameters"  # after the name of what is judged by them
-_DRAWS = hd.probes("gaussian", per_group=4, batch_size=1)
+_DRAWS = hd.paper.probes("gaussian", per_group=4, batch_size=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +27,8 @@ class FittingWell:
     """An estimator: the paper's joint draws, of which a fit with R² ≤ 0.99 is thrown away."""
 
     couples = False
-    separates = True
 
-    def estimate(self, step_loss: Any, rates: jax.Array, **known: Any) -> hd.curvature.Measurement:
+    def estimate(self, step_loss: Any, rates: jax.Array, **known: Any) -> hd.paper.Measurement:
         """Draws, fits, and says that nothing is resolved where the fit is bad."""
         measured = _DRAWS.estimate(step_loss, rates, **known)
         slope, curvature, _ = measured.quadratic
@@ -48,14 +47,15 @@ class Smoothing:
         self, quadratic: hd.Quadratic, rates: jax.Array, kept: jax.Array, least_curvature: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """η ← 0.9 η + 0.1 clip(b/a, η/10, 10 η), all of them or none."""
-        best, kept = hd.diagonal(max_change=None).solve(quadratic, rates, kept, least_curvature)
+        solver = hd.paper.diagonal(max_change=None)
+        best, kept = solver.solve(quadratic, rates, kept, least_curvature)
         best = jnp.clip(best, rates / CLAMP, CLAMP * rates)
         return rates + (1 - SMOOTHING) * (best - rates), kept
 
 
 def gen_hidlr(loss_fn: Any, param_labels: Any, **settings: Any) -> Any:
     """η ← 0.9 η + 0.1 clip(b/a, η/10, 10 η) where R² > 0.99 and every a > 0 (arXiv 2407.02772)."""
-    return hd.hidlr(
+    return hd.paper.one_step(
         loss_fn,
         param_labels,
         curvature=FittingWell(),

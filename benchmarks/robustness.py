@@ -129,16 +129,29 @@ class Method(NamedTuple):
     looks: Callable[[int, int, int], Looks] = looks
 
 
-def _hidlr(one: bool = False, **settings: Any) -> Factory:
+def _hidlr(one: bool = False) -> Factory:
     def make(workload: Workload, labels: Any, rate: Any, interval: Any, schedule: Any) -> Any:
-        defaults: dict[str, Any] = {
-            "init_learning_rate": rate,
-            "update_interval": interval,
-            "schedule": schedule,
-        }
-        return hd.hidlr(workload.loss, "all" if one else labels, **defaults | settings)
+        return hd.hidlr(
+            workload.loss,
+            "all" if one else labels,
+            init_learning_rate=rate,
+            update_interval=interval,
+            schedule=schedule,
+        )
 
     return make
+
+
+def _first(workload: Workload, labels: Any, rate: Any, interval: Any, schedule: Any) -> Any:
+    """Lagged slopes, two probes of each group, a box around the minimum."""
+    return hd.paper.one_step(
+        workload.loss,
+        labels,
+        init_learning_rate=rate,
+        update_interval=interval,
+        schedule=schedule,
+        curvature=hd.paper.probes(batch_size=1),
+    )
 
 
 def _paper(workload: Workload, labels: Any, rate: Any, interval: Any, schedule: Any) -> Any:
@@ -158,11 +171,8 @@ def _gen(workload: Workload, labels: Any, rate: Any, interval: Any, schedule: An
 
 
 _DEFAULT, _ONE = _hidlr(), _hidlr(one=True)
-# The default of version one: lagged slopes, two probes of each group, a box around the minimum.
-_FIRST = _hidlr(solver=hd.coupled(), curvature=hd.probes(batch_size=1))
-
-_FIRST_LOOKS = functools.partial(probe_looks, hd.probes(), FINDING)
-_PAPER_LOOKS = functools.partial(probe_looks, hd.probes("gaussian", per_group=4), 0)
+_FIRST_LOOKS = functools.partial(probe_looks, hd.paper.probes(), FINDING)
+_PAPER_LOOKS = functools.partial(probe_looks, hd.paper.probes("gaussian", per_group=4), 0)
 
 # Every rule that takes the direction of the case's optimizer and its other settings.
 RULES: dict[str, Method] = {
@@ -170,26 +180,12 @@ RULES: dict[str, Method] = {
     "hidlr": Method(_DEFAULT),
     "Hi-ULR, cosine": Method(_ONE, "cosine"),
     "Hi-ULR": Method(_ONE),
-    "first version, cosine": Method(_FIRST, "cosine", _FIRST_LOOKS),
-    "first version": Method(_FIRST, None, _FIRST_LOOKS),
+    "first version, cosine": Method(_first, "cosine", _FIRST_LOOKS),
+    "first version": Method(_first, None, _FIRST_LOOKS),
     "Algorithm 1": Method(_paper, None, _PAPER_LOOKS),
     "Algorithm 1, smoothed": Method(_gen, None, _PAPER_LOOKS),
 }
 _EVERYWHERE = ("hidlr, cosine", "hidlr")  # in the suite "paper", with every direction
-ABLATIONS: dict[str, Method] = {
-    f"{name}, {schedule or 'constant'}": Method(factory, schedule)
-    for name, factory in {
-        "slope of the same batch": _hidlr(slope="gradient"),
-        "goals halved": _hidlr(solver=hd.hold(goal=1.0, preconditioned_goal=0.65)),
-        "goals doubled": _hidlr(solver=hd.hold(goal=4.0, preconditioned_goal=2.6)),
-        "split at every refresh": _hidlr(solver=hd.hold(split_interval=1)),
-        "groups up to 10 apart": _hidlr(solver=hd.hold(max_split=10.0)),
-        "found in 10 steps": _hidlr(warmup=10),
-        "found in 40 steps": _hidlr(warmup=40),
-        "direction in bfloat16": _hidlr(lagged_dtype=jnp.bfloat16),
-    }.items()
-    for schedule in ("cosine", None)
-}
 _OF_AVERAGE = "averaged "  # prefix of the losses of averaged parameters, in a row beside the others
 
 
@@ -312,11 +308,6 @@ def jobs(suite: str) -> Iterator[Job]:
                         yield case_job(method, rule, case, steps)
         for method in OTHERS if suite != "smoke" else ["Prodigy"]:
             yield other_job(method, name, steps)
-    if suite != "full":
-        return
-    for case in half(chosen):
-        for method, rule in ABLATIONS.items():
-            yield case_job(method, rule, case, steps)
 
 
 def long_jobs() -> Iterator[Job]:
@@ -327,13 +318,6 @@ def long_jobs() -> Iterator[Job]:
             yield case_job(method, RULES[method], case, LONG_STEPS)
         for schedule in REFERENCE:
             yield grid_job(name, optimizer, schedule, LONG_STEPS)
-
-
-def half(chosen: list[Case]) -> list[Case]:
-    """Every second case in a chessboard of workloads and optimizers, the toys left out."""
-    places = itertools.product(range(len(WORKLOADS)), range(len(OPTIMIZERS)))
-    board = zip(places, chosen, strict=True)
-    return [case for (i, j), case in board if (i + j) % 2 == 0 and case.workload not in TOYS]
 
 
 def _mean(rows: list[dict[str, Any]], split: str) -> float:
@@ -561,13 +545,6 @@ def report(rows: list[dict[str, Any]], figure: Path | None, details: bool) -> No
     if met[0]:
         print("\nThe part of a run, in percent, after which AdamW's direction meets a target:\n")
         print(targets.table(*met))
-    ablated = {x.case for name in ABLATIONS for x in found.get(name, [])}
-    if ablated:
-        whole = ("hidlr", "hidlr, cosine")
-        names = [name for name in (*whole, *ABLATIONS) if name in found]
-        print("\nThe half of the cases on which one part at a time was taken away or changed:\n")
-        same = [row for row in rows if identity(row, FIELDS)[1:-1] in ablated]
-        print(table(on({n: found[n] for n in names}, ablated.__contains__), same))
     if details:
         print("\n" + against_one_rate(found), toys(rows), by_case(rows, found), sep="\n\n")
     if figure is not None:

@@ -46,7 +46,7 @@ class Exhibit(NamedTuple):
 
     Attributes:
       shows: the figures and tables of the paper.
-      script: its file.
+      script: its file; `__main__.py` of a package.
       smoke: arguments of a few steps; where `{out}` stands, the folder and name of its files goes.
         None: not in this suite.
       paper: of the suite that takes hours.
@@ -64,6 +64,12 @@ class Exhibit(NamedTuple):
     report: str | None
     minutes: float
     figures: Mapping[str, str] = types.MappingProxyType({})
+
+    @property
+    def place(self) -> str:
+        """What Python is told to run, in the folder above this one."""
+        path = Path("benchmarks", self.script)
+        return f"-m {'.'.join(path.parent.parts)}" if path.stem == "__main__" else str(path)
 
     def arguments(self, suite: str) -> str | None:
         """Of a suite; None where it has no part of it."""
@@ -178,6 +184,15 @@ EXHIBITS: dict[str, Exhibit] = {
         60,
         {"rivals.png": "robustness.png", "rivals-targets.png": "robustness-targets.png"},
     ),
+    "units": Exhibit(
+        "groups with different units",
+        "units/__main__.py",
+        "predator_prey --methods hidlr --seeds 1 --out {out}.jsonl",
+        "--out {out}.jsonl",
+        "--out {out}.jsonl",
+        None,
+        40,
+    ),
     "ablations": _sized("what reviewers asked for", "ablations.py", "--report", 25, {}),
     "scripts": Exhibit(
         "public training scripts",
@@ -238,7 +253,7 @@ def command(name: str, arguments: str, paths: Paths) -> list[str]:
     """What runs the script of an exhibit."""
     out = shlex.quote(str(paths.out.resolve() / name))
     filled = arguments.format(out=out, **paths.options())
-    return [sys.executable, str(HERE / EXHIBITS[name].script), *shlex.split(filled)]
+    return [sys.executable, *EXHIBITS[name].place.split(), *shlex.split(filled)]
 
 
 def execute(words: list[str], name: str, paths: Paths) -> int:
@@ -246,7 +261,7 @@ def execute(words: list[str], name: str, paths: Paths) -> int:
     with paths.tables(name).open("w") as tables, paths.log(name).open("a") as log:
         environment = os.environ | _ONE_CORE
         return subprocess.run(
-            words, stdout=tables, stderr=log, env=environment, check=False
+            words, stdout=tables, stderr=log, env=environment, cwd=HERE.parent, check=False
         ).returncode
 
 
@@ -304,7 +319,7 @@ def publish(suite: str, names: list[str], paths: Paths, page: Path, docs: Path) 
         shown = [line for line in paths.tables(name).read_text().splitlines() if where not in line]
         arguments = (exhibit.arguments(suite) or "").format(out=name, data="…", glue="…", e2e="…")
         head = f"## {name}: {exhibit.shows}"
-        how = f"`python benchmarks/{exhibit.script} {arguments}`, {minutes[name]:.0f} minutes."
+        how = f"`python {exhibit.place} {arguments}`, {minutes[name]:.0f} minutes."
         parts.append("\n\n".join([head, how, "\n".join(shown).strip()]))
         for file, published in exhibit.figures.items():
             shutil.copy(paths.out / file, docs / published)

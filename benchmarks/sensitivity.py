@@ -1,7 +1,7 @@
 """Every constant of the default rule at a half and at twice its value, on small problems.
 
-The constants of `hidlr_optax/_rule/hold.py` are read when the rule is traced; here they are arrays,
-so that all variants of a case are lanes of one compiled program. Cosine schedule, K rates, Φ = 10,
+The constants of `hidlr_optax/_rule/` are read when the rule is traced. Here they are arrays, so
+that all variants of a case are lanes of one compiled program. Cosine schedule, K rates, Φ = 10,
 nothing given; losses over those of the rule as it is, on the same seeds.
 
     pip install -e '.[bench]'
@@ -28,7 +28,7 @@ from store import Job, Row, Store
 from workloads import WORKLOADS, plain, train
 
 import hidlr_optax as hd
-from hidlr_optax._rule import hold as _hold
+from hidlr_optax._rule import guard, measure, rate, record, shape
 
 CASES = (
     ("digits", "AdamW"),
@@ -42,20 +42,22 @@ CASES = (
 )
 SEEDS = 1
 CHECKS = 10
-ARGUMENTS = {"goal": 2.0, "preconditioned_goal": 1.3, "warmup": 20.0}
-DECAYS = ("_FIND_DECAY", "_HOLD_DECAY", "_SLOPE_DECAY", "_LOSS_DECAY")
-FACTORS = ("_GROWTH", "_RISE", "_FALL")  # halved and doubled as logarithms
+MODULES = (measure, rate, shape, guard, record)
+ARGUMENTS = {"warmup": 20.0}
+DECAYS = ("FIND", "HOLD", "CURVATURES")  # memories of averages
+FACTORS = ("GROW", "FALL", "RECOVER")  # halved and doubled as logarithms
 FIELDS = ("workload", "optimizer", "constant", "times")
 
 
 def constants() -> dict[str, float]:
-    """Name -> value, the private ones of the rule and those of its arguments that are numbers."""
-    private = {
+    """Name -> value, those of the modules and of the arguments that are numbers."""
+    found = {
         name: value
-        for name, value in vars(_hold).items()
-        if name.startswith("_") and name.isupper() and isinstance(value, float)
+        for module in MODULES
+        for name, value in vars(module).items()
+        if name.isupper() and isinstance(value, float) and name != "TINY"
     }
-    return {name: value for name, value in private.items() if name != "_TINY"} | ARGUMENTS
+    return found | ARGUMENTS
 
 
 def scaled(name: str, value: float, times: float) -> float:
@@ -79,11 +81,13 @@ def variants() -> list[tuple[str, float, dict[str, float]]]:
 @contextlib.contextmanager
 def given(values: dict[str, Any]) -> Iterator[None]:
     """The constants of the rule, which may be traced, inside."""
-    traceable = types.SimpleNamespace(log=lambda x: jnp.log(jnp.float32(x)), inf=jnp.inf)
+    traceable = types.SimpleNamespace(log=lambda x: jnp.log(jnp.float32(x)))
+    inside = {name: value for name, value in values.items() if name not in ARGUMENTS}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(_hold, "math", traceable))
-        for name in values.keys() - ARGUMENTS.keys():
-            stack.enter_context(mock.patch.object(_hold, name, values[name]))
+        for module in MODULES:  # one may have imported the constant of another
+            for name, value in (inside | {"math": traceable}).items():
+                if hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, value))
         yield
 
 
@@ -95,12 +99,10 @@ def runs(name: str, optimizer: str) -> Any:
     stacked = {name: jnp.array([lane[name] for lane in lanes]) for name in lanes[0]}
 
     def run(values: dict[str, jax.Array], key: jax.Array) -> Any:
-        solver = _hold.Hold(values["goal"], values["preconditioned_goal"], 4, 3.0, jnp.inf)  # pyright: ignore[reportArgumentType]
         with given(values):
             rule = hd.hidlr(
                 workload.loss,
                 labels,
-                solver=solver,
                 schedule=decay("cosine", workload.steps),
                 warmup=values["warmup"].astype(jnp.int32),  # pyright: ignore[reportArgumentType]
             )
@@ -156,7 +158,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("sensitivity.jsonl"))
     parser.add_argument("--report", action="store_true", help="run nothing, only report")
     args = parser.parse_args()
-    store = Store(args.out, FIELDS, "sensitivity.jsonl.gz")
+    store = Store(args.out, FIELDS)
     if not args.report:
         store.run([job(*case) for case in CASES], range(SEEDS))
     print(report(store.rows()))

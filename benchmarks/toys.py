@@ -93,17 +93,17 @@ def methods(toy: Toy) -> dict[str, optax.GradientTransformation]:
     # Full gradients of a function that changes fast: nothing to average, and every step counts.
     exact: dict[str, Any] = shared | {
         "slope": "gradient",
-        "curvature": hd.probes(per_group=4),
-        "solver": hd.diagonal(max_change=None),
+        "curvature": hd.paper.probes(per_group=4),
+        "solver": hd.paper.diagonal(max_change=None),
         "ema_decay": 0.0,
         "warmup": 0,
     }
     return {
-        "Hi-DLR": optax.chain(optax.sgd(1.0), hd.hidlr(toy.fn, LABELS, **exact)),
+        "Hi-DLR": optax.chain(optax.sgd(1.0), hd.paper.one_step(toy.fn, LABELS, **exact)),
         "Hi-DLR, Algorithm 1": optax.chain(
             optax.sgd(1.0), hd.paper_hidlr(toy.fn, LABELS, **shared)
         ),
-        "Hi-ULR": optax.chain(optax.sgd(1.0), hd.hiulr(toy.fn, **exact)),
+        "Hi-ULR": optax.chain(optax.sgd(1.0), hd.paper.one_step(toy.fn, "all", **exact)),
         "Prodigy": optax.contrib.prodigy(1.0),
         "D-Adaptation": optax.contrib.dadapt_adamw(1.0),
         "backtracking line search": optax.chain(optax.sgd(1.0), line_search(toy.fn)),

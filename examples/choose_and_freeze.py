@@ -1,6 +1,6 @@
 """Which groups matter? Measure their influence, choose by a budget, and train those alone.
 
-An MLP on 8×8 images of digits. All of its groups train for 30 steps while influence is
+An MLP on 8×8 images of digits. All of its groups train for 60 steps while influence is
 accumulated; then those that are worth most within a budget of parameters go on, the rest frozen.
 
     python examples/choose_and_freeze.py
@@ -41,7 +41,7 @@ def main(steps=300):
         params[name] = {"kernel": kernel.astype(np.float32), "bias": np.zeros(shape[1], np.float32)}
 
     def train(trainable, frozen, labels, steps):
-        tx = optax.chain(optax.adamw(1.0), hd.hidlr(None, labels))
+        tx = optax.chain(optax.adamw(1.0), hd.hidlr(None, labels, update_interval=2))
         state, running, losses = tx.init(trainable), hd.influence.start(labels, trainable), []
 
         @jax.jit
@@ -56,12 +56,13 @@ def main(steps=300):
             batch = x[rows], y[rows]
             trainable, state, running, loss = step(trainable, frozen, state, running, batch)
             losses.append(float(loss))
-        return trainable, state, hd.influence.summarise(running), losses
+        return trainable, state, running, losses
 
     labels = hd.label_by_path(params, RULES, default="second")
     everything = hd.peft.split(params, labels, hd.Plan(set(jax.tree.leaves(labels)), frozenset()))
-    params, _, found, _ = train(*everything, labels, 30)
-    plan = hd.peft.within(hd.peft.pareto(found), budget=2000)  # parameters
+    params, _, running, _ = train(*everything, labels, 60)
+    front = hd.peft.pareto(hd.influence.summarise(running))
+    plan = hd.peft.within(front, budget=2000)  # parameters
     print(plan, "\n")
     trainable, frozen = hd.peft.split(params, labels, plan)
     chosen = hd.peft.trainable_labels(params, labels, plan)

@@ -1,7 +1,7 @@
 """Train with an estimator of your own: curvatures by a central difference of gradients.
 
-`hidlr` asks an estimator for slope and curvature along the group steps. Any frozen value with
-`estimate`, `couples` and `separates` is one. A small network learns a function; no extra needed.
+`paper.one_step` asks an estimator for slope and curvature along the group steps. Any frozen value
+with `estimate` and `couples` is one. A small network learns a function; no extra needed.
 
     python examples/own_estimator.py
 """
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 import hidlr_optax as hd
-from hidlr_optax.curvature import Measurement, StepLoss
+from hidlr_optax.paper import Measurement, StepLoss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +27,13 @@ class CentralDifference:
     """
 
     part: float = 0.1
-    couples = False  # measures no A_kl by itself
-    separates = True  # but a number for each group
+    couples = False  # measures no A_kl
 
     def estimate(
         self, step_loss: StepLoss, rates: jax.Array, *, slope: jax.Array | None = None, **known: Any
     ) -> Measurement:
         """ℓ′(pη) − ℓ′(−pη) = 2p Aη + O(p³), ℓ(η) = L(w + Σ_k η_k u_k)."""
-        del known  # value, expected, batch, step: see hd.curvature.Estimator
+        del known  # value, expected, batch, step: see hd.paper.Estimator
         gradient = jax.grad(step_loss)
         if slope is None:
             slope = jnp.negative(gradient(jnp.zeros_like(rates)))  # it is positive downhill
@@ -57,7 +56,8 @@ def main(steps: int = 400) -> float:
     y = jnp.sin(x[:, 0]) * x[:, 1]
     body = {"kernel": jax.random.normal(keys[1], (2, 32)), "bias": jnp.zeros(32)}
     params = {"body": body, "head": jnp.zeros(32)}
-    rule = hd.hidlr(loss_fn, {"body": "body", "head": "head"}, curvature=CentralDifference())
+    labels = {"body": "body", "head": "head"}
+    rule = hd.paper.one_step(loss_fn, labels, curvature=CentralDifference())
     tx = optax.chain(optax.adamw(1.0), rule)
 
     @jax.jit

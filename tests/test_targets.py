@@ -66,12 +66,22 @@ def test_a_score_is_the_mean_share_up_to_four_times_the_fastest():
 
 
 def test_looks_are_counted_as_a_loop_would():
-    # 20 steps that find the rates look twice, then one refresh in ten: at 20, 30, …, 90.
-    assert costs.looks(1, 10, 100) == costs.Looks(20 + 8 + 20, 0, 6)
-    assert costs.looks(5, 10, 100) == costs.Looks(20 + 8 + 20, 7, 6)
-    assert costs.looks(5, 10, 100).forward_passes == 48 + 3 * 7 + 2 * 6
+    # 21 steps that find the rates, two looks at the first, then one in ten: at 30, 40, …, 90.
+    assert costs.looks(1, 10, 100) == costs.Looks(22 + 7, 0)
+    assert costs.looks(5, 10, 100) == costs.Looks(0, 22 + 7)
+    assert costs.looks(5, 10, 100).forward_passes == 3 * 29
+    # Twice as rare from 500 on, at 500, 520, …, 980, and again from 1,000 on.
+    assert costs.looks(1, 10, 1000).forwards == 22 + 47 + 25
+    assert costs.looks(1, 10, 2000).forwards == 22 + 47 + 25 + 25
     assert RULES["Algorithm 1"].looks(5, 10, 100) == costs.Looks(4 * 5 * 10)
     assert RULES["first version"].looks(5, 10, 100) == costs.Looks(2 * 5 * 28)
+
+
+@pytest.mark.parametrize(("interval", "steps"), [(1, 50), (4, 900), (10, 5000)])
+def test_refreshes_are_those_that_the_package_says(interval, steps):
+    due = sum(hd.is_due(step, interval) for step in range(steps))
+    assert costs.looks(1, interval, steps) == costs.Looks(due + 1)
+    assert costs.looks(2, interval, steps) == costs.Looks(0, due + 1)
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -97,4 +107,4 @@ def test_looks_are_those_that_the_rule_takes(groups):
         params, state = step(params, state, 0.1 * jax.random.normal(jax.random.key(n), (3,)))
     jax.effects_barrier()
     looked = costs.looks(groups, 10, steps)
-    assert len(seen) - steps == looked.forwards + looked.gradients + looked.tangents
+    assert len(seen) - steps == looked.forwards + looked.gradients
