@@ -286,7 +286,9 @@ def draw(chosen: Sequence[Method], log: Log, out: Path) -> None:
         if sum(key.startswith("learning_rate/") for key in history[0]) > 1:
             slug = name.replace(", ", "-").replace(" ", "-").replace("/", "-")
             hidlr_optax.plot.learning_rates(history).savefig(out / f"rates-{slug}.png", dpi=120)
-            hidlr_optax.plot.influence(history).savefig(out / f"influence-{slug}.png", dpi=120)
+            last = {k: x for k, x in history[-1].items() if k.startswith("ppi/")}
+            if max(last.values()) > 0:  # short runs have not measured it
+                hidlr_optax.plot.influence(history).savefig(out / f"influence-{slug}.png", dpi=120)
 
 
 def parse(parser: argparse.ArgumentParser) -> Any:
