@@ -169,13 +169,17 @@ def train(problem: Problem, steps: int, made: Made, key: jax.Array) -> dict[str,
 
 
 def _watched(state: Any) -> dict[str, jax.Array]:
-    """Rates and influences by group, in the order of their names; nothing of others."""
-    if optax.tree.get(state, "group_learning_rates", default=None) is None:
+    """Rates and influences by group, in the order of their names; nothing of others.
+
+    Where no curvature is positive, influence is zero.
+    """
+    rates = optax.tree.get(state, "group_learning_rates", default=None)
+    if rates is None:
         return {}
-    rates = optax.tree.get(state, "group_learning_rates")
-    slope, curvature = optax.tree.get(state, "slope"), optax.tree.get(state, "curvature")
-    worth = [slope[k] ** 2 / jnp.maximum(curvature[k], 1e-12) for k in rates]
-    return {"rates": jnp.stack(list(rates.values())), "influence": jnp.stack(worth)}
+    found = hd.report.find_state(state).diagnostics
+    slope, curvature = (jnp.stack([x[k] for k in rates]) for x in (found.slope, found.curvature))
+    worth = jnp.where(curvature > 0, slope**2 / jnp.where(curvature > 0, curvature, 1), 0)
+    return {"rates": jnp.stack(list(rates.values())), "influence": worth}
 
 
 def _reach(problem: Problem) -> jax.Array:
@@ -351,8 +355,7 @@ def draw(rows: list[Row], path: Path) -> None:
             rates.plot(epochs, np.array(row["rates"])[:, k], **style)
             influence.plot(epochs, np.array(row["influence"])[:, k], **style)
         rates.set(yscale="log", xlabel="epoch", title="hidlr, cosine: learning rates")
-        # Where a curvature is not positive there is no influence, and the quotient is huge.
-        limits = 1e-6, 3 * float(np.max(row["influence"][0]))
+        limits = 1e-6, 3 * max(float(np.max(row["influence"])), 1e-6)
         title = "influence b²/a (dashed: counts nothing)"
         influence.set(yscale="log", xlabel="epoch", title=title, ylim=limits)
         influence.legend(fontsize=6)
