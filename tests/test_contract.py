@@ -15,23 +15,13 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from support import bare, enable_x64, promoting
+from support import enable_x64, promoting
 
 import hidlr_optax as hd
 
 
 def _adam():
     return promoting("standard", optax.adam(1.0))
-
-
-_UNDER_TEST = {
-    "hidlr": hd.hidlr,
-    "one_probe_in_turn": functools.partial(
-        hd.hidlr, slope="gradient", curvature=hd.probes(per_group=1, batch_size=1)
-    ),
-    "paper": hd.paper_hidlr,
-}
-_every_rule = pytest.mark.parametrize("rule", _UNDER_TEST.values(), ids=_UNDER_TEST.keys())
 
 
 class _Target(NamedTuple):
@@ -105,8 +95,7 @@ def _assert_all_equal(actual, desired):
 # What every caller may do.
 
 
-@_every_rule
-def test_unexpected_keywords_are_ignored_and_a_second_call_compiles_nothing(rule, caplog):
+def test_unexpected_keywords_are_ignored_and_a_second_call_compiles_nothing(caplog):
     target = _rosenbrock()
     traces = []
 
@@ -114,7 +103,7 @@ def test_unexpected_keywords_are_ignored_and_a_second_call_compiles_nothing(rule
         traces.append(params)
         return target.loss(params)
 
-    tx = optax.chain(optax.sgd(1.0), rule(None, target.labels, update_interval=1))
+    tx = optax.chain(optax.sgd(1.0), hd.hidlr(None, target.labels, update_interval=1))
     step = jax.jit(_train_step(tx, counted_loss, some_argument_it_does_not_expect=1))
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         params, state = step(target.initial, tx.init(target.initial))
@@ -127,33 +116,24 @@ def test_unexpected_keywords_are_ignored_and_a_second_call_compiles_nothing(rule
         assert "ompil" not in caplog.text
 
 
-_DIVERGES = pytest.mark.xfail(
-    strict=True, reason="ten steps of SGD at one rate leave the narrow valley before a refresh"
-)
-
-
-@pytest.mark.usefixtures(
-    "optimized"
-)  # rates in Rosenbrock's valley move by the rounding of the loss
 @pytest.mark.parametrize(
-    ("direction", "target", "slope"),
+    ("direction", "target"),
     [
-        (optax.sgd(1.0), _parabola, "gradient"),
-        (optax.sgd(1.0), _parabola, "probes"),
-        (optax.sgd(1.0), _matrix, "gradient"),
-        (optax.sgd(1.0), _mixed, "gradient"),
-        pytest.param(optax.sgd(1.0), _rosenbrock, "gradient", marks=_DIVERGES),
-        (_adam(), _parabola, "gradient"),
-        (_adam(), _matrix, "gradient"),
-        (_adam(), _mixed, "gradient"),
-        (_adam(), _rosenbrock, "gradient"),
-        (_adam(), _rosenbrock, "probes"),
-        (_adam(), _rosenbrock_in_one_group, "gradient"),
+        (optax.sgd(1.0), _parabola),
+        (optax.sgd(1.0), _matrix),
+        (optax.sgd(1.0), _mixed),
+        (optax.sgd(1.0), _rosenbrock),
+        (optax.sgd(1.0), _rosenbrock_in_one_group),
+        (_adam(), _parabola),
+        (_adam(), _matrix),
+        (_adam(), _mixed),
+        (_adam(), _rosenbrock),
+        (_adam(), _rosenbrock_in_one_group),
     ],
 )
-def test_training_converges_with_nothing_tuned_but_the_direction(direction, target, slope):
+def test_training_converges_with_nothing_tuned_but_the_direction(direction, target):
     target = target()
-    tx = optax.chain(direction, bare(None, target.labels, slope=slope))
+    tx = optax.chain(direction, hd.hidlr(None, target.labels))
     step = _train_step(tx, target.loss)
 
     @jax.jit
@@ -161,7 +141,7 @@ def test_training_converges_with_nothing_tuned_but_the_direction(direction, targ
         def body(carry, _):
             return step(*carry), None
 
-        return jax.lax.scan(body, (params, state), length=3_000)[0]
+        return jax.lax.scan(body, (params, state), length=5_000)[0]
 
     params, _ = train(target.initial, tx.init(target.initial))
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=3e-2), params, target.final)
@@ -182,7 +162,6 @@ _LOSS_AND_LABELS = ("loss_fn", "param_labels")
         pytest.param(
             hd.hidlr, {"schedule": optax.linear_schedule(1.0, 0.0, 9)}, ("schedule",), id="schedule"
         ),
-        pytest.param(hd.paper_hidlr, {}, ("per_group",), id="paper"),
     ],
 )
 def test_inject_hyperparams_changes_nothing(factory, kwargs, also_static):
@@ -226,17 +205,16 @@ def test_inject_hyperparams_takes_hiulr():
     assert set(state.inner_state.group_learning_rates) == {"all"}
 
 
-@_every_rule
 @pytest.mark.parametrize(
     "labels", [("vector", "matrix"), lambda params: ("vector", "matrix")], ids=["tree", "callable"]
 )
-def test_map_params_leaves_the_state_as_it_is(rule, labels):
+def test_map_params_leaves_the_state_as_it_is(labels):
     target = _mixed()
-    tx = optax.chain(optax.sgd(1.0, momentum=0.9), rule(None, labels))
+    tx = optax.chain(optax.sgd(1.0, momentum=0.9), hd.hidlr(None, labels))
     state = tx.init(target.initial)
     doubled = optax.tree.map_params(tx, lambda leaf: leaf + 1, state)
     _assert_all_equal(doubled[0][0].trace, jax.tree.map(jnp.ones_like, target.initial))
-    # Of ours, the direction that "lagged" stores is like params; nothing else is.
+    # Of ours, the stored direction is like params; nothing else is.
     direction = jax.tree.map(jnp.ones_like, state[-1].direction)
     _assert_all_equal(doubled[-1], state[-1]._replace(direction=direction))
 
@@ -244,10 +222,9 @@ def test_map_params_leaves_the_state_as_it_is(rule, labels):
 # Types: of updates, and of the state.
 
 
-@_every_rule
-def test_updates_have_the_dtype_of_params(rule):
+def test_updates_have_the_dtype_of_params():
     params = jnp.array([1.0, 2.0], jnp.bfloat16)
-    tx = rule(None, "all")
+    tx = hd.hidlr(None, "all")
 
     def loss(params):
         return jnp.sum(params**2)
@@ -267,16 +244,15 @@ def test_each_leaf_keeps_its_own_dtype():
         return sum(jnp.sum(leaf.astype(jnp.float32) ** 2) for leaf in params.values())
 
     grad = jax.grad(loss)(params)
-    tx = bare(None, {name: name for name in dtypes})
+    tx = hd.hidlr(None, {name: name for name in dtypes})
     direction = jax.tree.map(jnp.negative, grad)
     updates, _ = tx.update(direction, tx.init(params), params, value_fn=loss, grad=grad)
     assert {name: leaf.dtype for name, leaf in updates.items()} == dtypes
 
 
-@_every_rule
-def test_multi_steps_emits_zeros_until_the_last_mini_step(rule):
+def test_multi_steps_emits_zeros_until_the_last_mini_step():
     params = jnp.array([1.0, 2.0], jnp.bfloat16)
-    tx = optax.MultiSteps(promoting("strict", rule(None, "all")), every_k_schedule=2)
+    tx = optax.MultiSteps(promoting("strict", hd.hidlr(None, "all")), every_k_schedule=2)
     tx = promoting("standard", tx)  # MultiSteps itself multiplies floats by bools
 
     def loss(params):
@@ -292,19 +268,11 @@ def test_multi_steps_emits_zeros_until_the_last_mini_step(rule):
     assert first.dtype == second.dtype == params.dtype
 
 
-@pytest.mark.parametrize(
-    ("rule", "dtype"),
-    [
-        (hd.hidlr, "float16"),
-        (hd.hidlr, "bfloat16"),
-        (hd.hidlr, "float32"),
-        *((rule, "float64") for rule in _UNDER_TEST.values()),
-    ],
-)
-def test_the_state_keeps_its_types_whatever_the_dtypes_around_it(rule, dtype):
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_the_state_keeps_its_types_whatever_the_dtypes_around_it(dtype):
     with enable_x64(dtype == "float64"):
         target = _parabola(dtype)
-        tx = optax.chain(optax.sgd(1.0), rule(None, target.labels))
+        tx = optax.chain(optax.sgd(1.0), hd.hidlr(None, target.labels))
         confusing = jnp.bfloat16 if dtype == "float16" else jnp.float16
 
         @jax.jit
@@ -327,7 +295,7 @@ def test_the_state_keeps_its_types_whatever_the_dtypes_around_it(rule, dtype):
 
         params, state = target.initial, tx.init(target.initial)
         types = _leaf_types(state)
-        # The direction that "lagged" stores is like params, all else is of one type.
+        # The stored direction is like params, all else is of two types.
         others = _leaf_types(state[-1]._replace(direction=()))
         assert not any(weak or kind not in (jnp.int32, jnp.float32) for _, kind, weak in others)
         assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(state[-1].direction))
@@ -337,27 +305,39 @@ def test_the_state_keeps_its_types_whatever_the_dtypes_around_it(rule, dtype):
             assert _leaf_types(state) == types
 
 
-def test_float64_parameters_are_fitted_in_float64():
+def test_float64_parameters_are_measured_in_float64():
+    """The curvature of a step of 1e-4 moves the loss by 4e-8 of itself, less than float32 has."""
     with enable_x64(True):
         target = _parabola("float64")
-        # At a rate of 1e-6, the curvature moves the loss by 1e-11 of itself.
-        tx = bare(None, "all", init_learning_rate=1e-6, slope="probes")
-        grad = jax.grad(target.loss)(target.initial)
-        state = tx.init(target.initial)
-        _, state = tx.update(-grad, state, target.initial, value_fn=target.loss)
-        assert state.kept["all"] == hd.Kept.UPDATED
-        vertex = state.slope["all"] / state.curvature["all"]
-        np.testing.assert_allclose(vertex, 0.5, rtol=1e-3)
+        tx = hd.hidlr(None, "all", init_learning_rate=1e-4, warmup=0, update_interval=1)
+
+        @jax.jit
+        def step(params, state):
+            value, grad = jax.value_and_grad(target.loss)(params)
+            direction = jax.tree.map(jnp.negative, grad)
+            updates, state = tx.update(
+                direction, state, params, value_fn=target.loss, value=value, grad=grad
+            )
+            return optax.apply_updates(params, updates), state
+
+        params, state = target.initial, tx.init(target.initial)
+        for _ in range(2):
+            params, state = step(params, state)
+        found = state.diagnostics
+        assert found.kept["all"] == hd.Kept.UPDATED
+        # u = −2 (p − m), so that b = 4 ‖p − m‖² and a = 8 ‖p − m‖²: the minimum is at ½.
+        np.testing.assert_allclose(
+            found.measured_slope["all"] / found.measured_curvature["all"], 0.5, rtol=1e-2
+        )
 
 
 # Where the state lives.
 
 
-@_every_rule
-def test_init_needs_shapes_alone(rule):
+def test_init_needs_shapes_alone():
     concrete = _mixed().initial
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), concrete)
-    tx = rule(None, ("vector", "matrix"))
+    tx = hd.hidlr(None, ("vector", "matrix"))
     _assert_all_equal(tx.init(abstract), tx.init(concrete))
 
 
@@ -377,12 +357,11 @@ def _mean_square(params):
 
 
 @_sharding_in_types
-@_every_rule
-def test_sharded_params_do_not_change_the_types_of_the_state(rule):
+def test_sharded_params_do_not_change_the_types_of_the_state():
     mesh, ones = _explicitly_sharded()
     with jax.set_mesh(mesh):
         params = ones(jnp.float16)
-        tx = rule(None, "all", init_learning_rate=0.1)
+        tx = hd.hidlr(None, "all", init_learning_rate=0.1)
         state = tx.init(params)
         grad = jax.grad(_mean_square)(params)
         update = functools.partial(tx.update, value_fn=_mean_square)
@@ -396,23 +375,23 @@ def test_jit_does_not_change_the_types_of_the_state():
     mesh, ones = _explicitly_sharded()
     with jax.set_mesh(mesh):
         params = ones(jnp.float16)
-        tx = bare(None, "all", init_learning_rate=0.1)
-        update = functools.partial(tx.update, value_fn=_mean_square)
+        tx = hd.hidlr(None, "all", init_learning_rate=0.1)
+        update = functools.partial(tx.update, value_fn=_mean_square, grad=params)
         eager, jitted = tx.init(params), jax.jit(tx.init)(params)
         assert jax.tree.map(jax.typeof, jitted) == jax.tree.map(jax.typeof, eager)
         eager, jitted = (f(-params, eager, params)[1] for f in (update, jax.jit(update)))
         assert jax.tree.map(jax.typeof, jitted) == jax.tree.map(jax.typeof, eager)
 
 
-@pytest.mark.parametrize("solver", [hd.hold(), hd.coupled()])
-def test_every_field_of_the_state_is_found_by_its_name(solver):
+def test_every_field_of_the_state_is_found_by_its_name():
     params = {"w": jnp.ones(3), "b": jnp.ones(())}
-    tx = optax.chain(optax.sgd(1.0), hd.hidlr(_square, {"w": "w", "b": "b"}, solver=solver))
+    tx = optax.chain(optax.sgd(1.0), hd.hidlr(_square, {"w": "w", "b": "b"}))
     state = tx.init(params)
-    for name in hd.HiDLRState._fields:
-        # `get` raises a KeyError where the state has two of a name.
-        found = optax.tree.get(state, name)
-        assert jax.tree.structure(found) == jax.tree.structure(getattr(state[-1], name))
+    for part in (state[-1], state[-1].diagnostics):
+        for name in part._fields:
+            # `get` raises a KeyError where the state has two of a name.
+            found = optax.tree.get(state, name)
+            assert jax.tree.structure(found) == jax.tree.structure(getattr(part, name))
 
 
 def _square(params, batch):
