@@ -87,13 +87,13 @@ def clock(
     Intervals of more than one become longer: from twice `WIDEN_AFTER` on, twice as long whenever
     the run has become twice as long. Each due update of a wider interval is one of the narrower.
     """
-    interval, warmup = (jnp.asarray(x).astype(jnp.int32) for x in (interval, warmup))
+    interval = jnp.asarray(interval).astype(jnp.int32)
     passed = count // interval // WIDEN_AFTER
     doublings = 31 - jax.lax.clz(jnp.maximum(passed, 1))
     since = count % jnp.where(interval > 1, interval << doublings, interval)
     return hold.Clock(
         count=count,
-        warmup=warmup,
+        warmup=jnp.asarray(warmup).astype(jnp.float32),  # compared with looks, a float
         due=None if refresh is False else since == 0,
         retry=since < 3,
         allowed=jnp.asarray(refresh),

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from support import bare, promoting
+from support import promoting
 
 import hidlr_optax as hd
 import hidlr_optax.flax as hdf
@@ -149,15 +149,14 @@ def test_train_state_with_parameters_that_flax_overwrites():
     # fp8's scales: the gradient takes the place of the parameter.
     params = {"params": {"w": jnp.ones(3)}, "_overwrite_with_gradient": {"scale": jnp.zeros(())}}
     grads = {"params": {"w": jnp.ones(3)}, "_overwrite_with_gradient": {"scale": jnp.ones(())}}
-    solver = hd.diagonal(max_change=None)
-    tx = bare(None, "all", init_learning_rate=0.1, solver=solver, ema_decay=0.0)
+    tx = hd.hidlr(None, "all", init_learning_rate=0.01, warmup=0)
     state = hdf.TrainState.create(apply_fn=None, params=params, tx=optax.chain(optax.sgd(1.0), tx))
     loss = lambda p: jnp.sum(p["w"] ** 2) / 2  # noqa: E731
     state = jax.jit(
         lambda s, g: s.apply_gradients(grads=g, value=loss(s.params["params"]), value_fn=loss)
     )(state, grads)
     assert float(state.params["_overwrite_with_gradient"]["scale"]) == 1.0
-    np.testing.assert_allclose(state.params["params"]["w"], 0.0, atol=1e-3)
+    np.testing.assert_allclose(state.params["params"]["w"], 0.99, rtol=1e-5)
 
 
 def test_value_fn_is_the_loss_that_the_gradient_saw():
@@ -201,12 +200,9 @@ def nnx_step(model, optimizer, batch):
     return loss
 
 
-@pytest.mark.parametrize("batch_size", [None, 1])
-def test_nnx_trains_with_dropout_and_batch_norm(batch_size):
+def test_nnx_trains_with_dropout_and_batch_norm():
     model = NNXModel(nnx.Rngs(0))
-    tx = hd.hidlr(
-        None, hd.label_by_role, update_interval=5, curvature=hd.probes(batch_size=batch_size)
-    )
+    tx = hd.hidlr(None, hd.label_by_role, update_interval=5)
     optimizer = nnx.Optimizer(
         model, optax.chain(promoting("standard", optax.adamw(1.0)), tx), wrt=nnx.Param
     )
@@ -346,14 +342,17 @@ def test_a_plan_as_an_nnx_filter_trains_its_groups_alone():
         "lora_b": True,
         "base_module": {"bias": False, "kernel": False},
     }
-    assert set(hd.influence.find_state(optimizer.opt_state).group_learning_rates) == {
+    assert set(hd.report.find_state(optimizer.opt_state).group_learning_rates) == {
         "lora_B",
         "head",
     }
-    # Adam's moments and the lagged direction: three copies of what trains, and scalars.
+    # Adam's moments and the last direction: three copies of what trains, and scalars.
     trained = sum(x.size for x in jax.tree.leaves(nnx.state(model, wrt)))
+    state = hd.report.find_state(optimizer.opt_state)
     stored = sum(x.size for x in jax.tree.leaves(optimizer.opt_state) if x.ndim)
-    assert stored == 3 * trained
+    per_group = sum(x.size for x in jax.tree.leaves((state.applied, state.memory)) if x.ndim)
+    assert stored == 3 * trained + per_group
+    assert per_group <= 4 * 2  # a few numbers for each of the two groups
     with pytest.raises(ValueError, match=r"plan does not know \['lora_A', 'rest'\]"):
         hdf.trainable_filter(model, hd.label_by_role, hd.Plan({"head"}, {"bias", "lora_B"}))
 

@@ -13,7 +13,6 @@ import optax
 import pytest
 from flax import nnx
 from flax.core import freeze
-from support import bare
 
 import hidlr_optax as hd
 from hidlr_optax._groups import Groups
@@ -445,10 +444,10 @@ def test_masked_parameters_are_told_to_put_hidlr_outside():
 
 def test_init_and_update_report_labels_that_do_not_match():
     params = {"a": leaf(1), "b": leaf(1)}
-    tx = bare(lambda p, batch: jnp.sum(p["a"]), {"a": "x"})
+    tx = hd.hidlr(lambda p, batch: jnp.sum(p["a"]), {"a": "x"})
     with pytest.raises(ValueError, match="no label for the parameters 'b'"):
         tx.init(params)
-    good = bare(lambda p, batch: jnp.sum(p["a"]), {"a": "x", "b": "y"})
+    good = hd.hidlr(lambda p, batch: jnp.sum(p["a"]), {"a": "x", "b": "y"})
     state = good.init(params)
     more = params | {"c": leaf(1)}
     with pytest.raises(ValueError, match="no label for the parameters 'c'"):

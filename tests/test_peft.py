@@ -541,7 +541,7 @@ def test_a_plan_trains_its_part_and_no_other(trained):
     tx = optax.chain(_adamw(), hd.hidlr(None, labels))
     state = tx.init(trainable)
     running = hd.influence.start(labels, trainable)
-    for leaves in (state[0][0].mu, hd.influence.find_state(state).direction):
+    for leaves in (state[0][0].mu, hd.report.find_state(state).direction):
         assert jax.tree.structure(leaves) == jax.tree.structure(trainable)
     step, losses = jax.jit(_part_step(tx)), []
     for _ in range(25):

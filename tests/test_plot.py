@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import bare
 
 import hidlr_optax as hd
 from hidlr_optax import plot
@@ -18,7 +17,7 @@ def _loss(params, batch):
 def _suggestion():
     params = {name: jnp.asarray(1.0) for name in "xyz"}
     direction = jax.tree.map(jnp.negative, jax.grad(_loss)(params, None))
-    return hd.suggest(_loss, params, {name: name for name in "xyz"}, direction)
+    return hd.paper.suggest(_loss, params, {name: name for name in "xyz"}, direction)
 
 
 def test_learning_rates_draws_one_line_per_group_and_the_loss():
@@ -35,7 +34,16 @@ def test_learning_rates_draws_one_line_per_group_and_the_loss():
 
 
 def test_learning_rates_takes_what_metrics_returns():
-    state = bare(None, {"w": "head"}, init_learning_rate=0.25).init({"w": jnp.ones(2)})
+    tx = hd.hidlr(None, {"w": "head"}, init_learning_rate=0.25, warmup=0)
+    params = {"w": jnp.ones(2)}
+    _, state = tx.update(
+        {"w": -params["w"]},
+        tx.init(params),
+        params,
+        value_fn=lambda p: jnp.sum(p["w"] ** 2) + 1,
+        grad={"w": 2 * params["w"]},
+        value=jnp.float32(3.0),
+    )
     (axes,) = plot.learning_rates([hd.metrics(state)] * 2).axes
     np.testing.assert_allclose(axes.lines[0].get_ydata(), [0.25, 0.25])
 
