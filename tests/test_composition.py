@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from support import bare, bare_ulr, counted, coupled_hidlr, enable_x64, promoting, shard_map
+from support import counted, enable_x64, promoting, shard_map
 
 import hidlr_optax as hd
 
@@ -59,26 +59,8 @@ def _downhill():
     return {name: -leaf for name, leaf in _gradient().items()}
 
 
-def _best_rate(direction, label):
-    grad, curvature = _gradient(), jax.tree.map(np.asarray, _BATCH["curvature"])
-    direction = jax.tree.map(np.asarray, direction)
-    leaves = [name for name, group in _LABELS.items() if group == label]
-    slope = -sum(np.sum(grad[name] * direction[name]) for name in leaves)
-    return slope / sum(np.sum(curvature[name] * direction[name] ** 2) for name in leaves)
-
-
-_EXACT = {"solver": hd.diagonal(max_change=1e6), "ema_decay": 0.0}
-
-
 def _hidlr(loss_fn=_parabolas, labels=_LABELS, **kwargs):
-    return bare(loss_fn, labels, **{"init_learning_rate": 0.1} | kwargs)
-
-
-def _default(loss_fn=_parabolas, labels=_LABELS, **kwargs):
     return hd.hidlr(loss_fn, labels, **kwargs)
-
-
-_plain_and_default = pytest.mark.parametrize("rule", [_hidlr, _default], ids=["plain", "default"])
 
 
 def _rates(state):
@@ -123,26 +105,43 @@ _DIRECTIONS = {
 }
 
 
+def _quadratic_along(direction):
+    """Slope and curvature of each group along a direction, in NumPy."""
+    grad, curvature = _gradient(), jax.tree.map(np.asarray, _BATCH["curvature"])
+    found = {}
+    for label in ("body", "head"):
+        leaves = [name for name, group in _LABELS.items() if group == label]
+        slope = -sum(np.sum(grad[name] * direction[name]) for name in leaves)
+        found[label] = slope, sum(np.sum(curvature[name] * direction[name] ** 2) for name in leaves)
+    return found
+
+
 @pytest.mark.parametrize("direction", _DIRECTIONS.values(), ids=_DIRECTIONS.keys())
-def test_rates_are_the_best_along_the_direction_of(direction):
-    tx = optax.chain(direction, _hidlr(**_EXACT))
+def test_slope_and_curvature_are_those_along_the_direction_of(direction):
+    """At the first update, along the coming step: groups are not coupled, the parabola exact."""
+    tx = optax.chain(direction, _hidlr())
     grad = _gradient()
     steps, _ = jax.jit(direction.update)(grad, direction.init(_PARAMS), _PARAMS)
     update = jax.jit(functools.partial(tx.update, batch=_BATCH, grad=grad))
     updates, state = update(grad, tx.init(_PARAMS), _PARAMS)
-    best = {label: _best_rate(steps, label) for label in ("body", "head")}
-    _assert_all_close(_rates(state), best, rtol=1e-3)
-    rates = {name: np.asarray(_rates(state)[_LABELS[name]]) for name in steps}
-    expected = {name: np.asarray(step) * rates[name] for name, step in steps.items()}
-    _assert_all_close(updates, expected, rtol=1e-4)
+    expected = _quadratic_along(jax.tree.map(np.asarray, steps))
+    found = hd.metrics(state)
+    for label, (slope, curvature) in expected.items():
+        np.testing.assert_allclose(found[f"slope/{label}"], slope, rtol=1e-3)
+        np.testing.assert_allclose(found[f"curvature/{label}"], curvature, rtol=1e-2)
+    applied = {name: found[f"learning_rate/{label}"] for name, label in _LABELS.items()}
+    scaled = {name: np.asarray(step) * applied[name] for name, step in steps.items()}
+    _assert_all_close(updates, scaled, rtol=1e-4)
 
 
-def test_a_group_frozen_by_set_to_zero_keeps_its_rate_and_stays_where_it_is():
+def test_a_group_frozen_by_set_to_zero_is_said_to_be_and_stays_where_it_is():
     freeze = optax.partition({"body": optax.set_to_zero(), "head": optax.sgd(1.0)}, _LABELS)
     tx = optax.chain(freeze, _hidlr())
-    params, state = jax.jit(_step(tx))(_PARAMS, tx.init(_PARAMS), _BATCH)
+    step = jax.jit(_step(tx))
+    params, state = step(_PARAMS, tx.init(_PARAMS), _BATCH)
+    params, state = step(params, state, _BATCH)
     np.testing.assert_array_equal(params["w"], _PARAMS["w"])
-    assert _rates(state)["body"] == np.float32(0.1)
+    assert all(np.isfinite(rate) and rate > 0 for rate in _rates(state).values())
     assert _kept(state) == {"body": hd.Kept.NO_SLOPE, "head": hd.Kept.UPDATED}
 
 
@@ -165,12 +164,12 @@ def test_a_wrapper_that_changes_the_tree_is_told_to_go_inside(around):
 @pytest.mark.parametrize("around", [_AROUND["masked"], _AROUND["partition"]])
 def test_labels_that_fit_any_tree_do_not_hide_the_masks(around):
     with pytest.raises(ValueError, match="hidlr has to be outermost"):
-        around(bare_ulr(_parabolas)).init(_PARAMS)
+        around(hd.hiulr(_parabolas)).init(_PARAMS)
 
 
 @pytest.mark.parametrize("known", [{}, {"grad": _PARAMS}], ids=["no grad", "grad"])
 def test_flatten_around_labels_that_fit_any_tree_is_told_to_go_inside(known):
-    tx = optax.flatten(bare_ulr(_parabolas))
+    tx = optax.flatten(hd.hiulr(_parabolas))
     state = tx.init(_PARAMS)
     with pytest.raises((TypeError, ValueError, IndexError)) as raised:
         tx.update(_PARAMS, state, _PARAMS, batch=_BATCH, **known)
@@ -183,7 +182,7 @@ def test_flatten_around_labels_that_fit_any_tree_is_told_to_go_inside(known):
 
 def test_a_schedule_inside_gives_the_updates_of_one_after():
     decay = optax.linear_schedule(1.0, 0.1, 5)
-    rule = {"slope": "gradient", "solver": hd.diagonal(), "update_interval": 2}
+    rule = {"update_interval": 100, "warmup": 0, "init_learning_rate": 0.01}
     inside = optax.chain(optax.sgd(1.0), _hidlr(schedule=decay, **rule))
     after = optax.chain(optax.sgd(1.0), _hidlr(**rule), optax.scale_by_schedule(decay))
     runs = []
@@ -201,9 +200,8 @@ def test_a_schedule_inside_gives_the_updates_of_one_after():
     )
 
 
-@pytest.mark.parametrize(("factory", "ramp"), [(hd.hidlr, 1.0), (coupled_hidlr, 6 / 9)])
-def test_injected_hyperparameters_can_be_changed_while_training(factory, ramp):
-    inject = optax.inject_hyperparams(factory, ("loss_fn", "param_labels"))
+def test_injected_hyperparameters_can_be_changed_while_training():
+    inject = optax.inject_hyperparams(hd.hidlr, ("loss_fn", "param_labels"))
     rule = inject(_parabolas, _LABELS, update_interval=100, warmup=2)
     tx = optax.chain(optax.sgd(1.0), rule)
     step = jax.jit(_step(tx))
@@ -219,13 +217,12 @@ def test_injected_hyperparameters_can_be_changed_while_training(factory, ramp):
         state = optax.tree.set(state, **{name: jnp.asarray(x) for name, x in hyperparams.items()})
         params, state = step(params, state, _BATCH)
         refreshes.append(int(optax.tree.get(state, "refreshes")))
-    assert refreshes == [1, 2, 2, 3, 3, 4]
-    assert optax.tree.get(state, "schedule_factor") == np.float32(ramp)
+    # The first refresh is no look back, and two looks find the rates.
+    assert refreshes == [1, 2, 3, 4, 4, 5]
 
 
-@_plain_and_default
-def test_conditionally_transform_leaves_the_rates_alone_until_the_condition_holds(rule):
-    tx = optax.conditionally_transform(rule(), lambda step, **_: step >= 1)
+def test_conditionally_transform_leaves_the_rates_alone_until_the_condition_holds():
+    tx = optax.conditionally_transform(_hidlr(), lambda step, **_: step >= 1)
     direction = _downhill()
     update = jax.jit(functools.partial(tx.update, batch=_BATCH, grad=_gradient()))
     first, state = update(direction, tx.init(_PARAMS), _PARAMS)
@@ -238,9 +235,8 @@ def test_conditionally_transform_leaves_the_rates_alone_until_the_condition_hold
     np.testing.assert_allclose(second["w"], direction["w"] * rate, rtol=1e-6)
 
 
-@_plain_and_default
-def test_apply_if_finite_skips_a_bad_gradient_and_goes_on(rule):
-    tx = optax.apply_if_finite(optax.chain(optax.sgd(1.0), rule()), 3)
+def test_apply_if_finite_skips_a_bad_gradient_and_goes_on():
+    tx = optax.apply_if_finite(optax.chain(optax.sgd(1.0), _hidlr()), 3)
     step = jax.jit(_step(tx))
     bad_batch = _BATCH | {"centre": jax.tree.map(lambda leaf: leaf * jnp.nan, _BATCH["centre"])}
     params, state = step(_PARAMS, tx.init(_PARAMS), _BATCH)
@@ -255,39 +251,39 @@ def test_apply_if_finite_skips_a_bad_gradient_and_goes_on(rule):
 # What a refresh costs, and when it happens.
 
 
-@pytest.mark.parametrize(
-    ("known", "evaluations"), [((), 9), (("grad",), 11), (("value",), 9), (("value", "grad"), 10)]
-)
-def test_a_refresh_costs_four_evaluations_per_group_and_the_value_if_not_given_or_compared(
-    known, evaluations
-):
+@pytest.mark.parametrize(("known", "evaluations"), [(("grad",), 6), (("value", "grad"), 4)])
+def test_a_refresh_costs_one_evaluation_and_the_value_if_not_given(known, evaluations):
     loss_fn, calls = counted(_parabolas)
-    tx = _hidlr(loss_fn)
     free = {"value": _parabolas(_PARAMS, _BATCH), "grad": _gradient()}
     free = {name: free[name] for name in known}
+    tx = _hidlr(loss_fn, warmup=1)
     update = jax.jit(functools.partial(tx.update, batch=_BATCH, **free))
-    state = tx.init(_PARAMS)
-    for _ in range(3):  # one refresh in ten steps
-        _, state = update(_downhill(), state, _PARAMS)
+    state, params = tx.init(_PARAMS), _PARAMS
+    for _ in range(3):
+        updates, state = update(_downhill(), state, params)
     jax.effects_barrier()
-    assert len(calls) == evaluations
+    # The first refresh compares value and gradient, and so evaluates at both ends; the second
+    # looks back; the third update has none.
+    assert int(optax.tree.get(state, "refreshes")) == 2
+    assert len(calls) == evaluations - 1
 
 
 def test_refresh_false_leaves_the_rates_alone_and_evaluates_nothing():
     loss_fn, calls = counted(_parabolas)
-    tx = _hidlr(loss_fn)
-    update = jax.jit(functools.partial(tx.update, batch=_BATCH))
-    updates, state = update(_PARAMS, tx.init(_PARAMS), _PARAMS, refresh=jnp.asarray(False))
+    tx = _hidlr(loss_fn, init_learning_rate=0.1, warmup=0)
+    known = {"value": _parabolas(_PARAMS, _BATCH), "grad": _gradient()}
+    update = jax.jit(functools.partial(tx.update, batch=_BATCH, **known))
+    small = jax.tree.map(lambda leaf: leaf / 100, _downhill())
+    updates, state = update(small, tx.init(_PARAMS), _PARAMS, refresh=jnp.asarray(False))
     jax.effects_barrier()
     assert not calls
     _assert_all_equal(_rates(state), {"body": np.float32(0.1), "head": np.float32(0.1)})
-    np.testing.assert_allclose(updates["v"], _PARAMS["v"] * 0.1, rtol=1e-6)
+    np.testing.assert_allclose(updates["v"], small["v"] * 0.1, rtol=1e-6)
 
 
-@pytest.mark.parametrize("solver", [hd.hold(), hd.coupled()], ids=["hold", "coupled"])
-def test_two_programs_one_without_refresh_train_as_one_with_a_branch(solver):
+def test_two_programs_one_without_refresh_train_as_one_with_a_branch():
     """`refresh` as a static argument: nothing of the refresh is left in the steps between."""
-    tx = optax.chain(optax.sgd(1.0), hd.hidlr(_parabolas, "all", solver=solver, warmup=5))
+    tx = optax.chain(optax.sgd(1.0), hd.hidlr(_parabolas, "all", warmup=5))
 
     def step(params, state, refresh):
         value, grad = jax.value_and_grad(_parabolas)(params, _BATCH)
@@ -303,28 +299,15 @@ def test_two_programs_one_without_refresh_train_as_one_with_a_branch(solver):
     assert "conditional" not in lazy
     branched = divided = start
     for n in range(30):
-        due = n < 5 or n % 10 == 0
+        due = hd.is_due(n, warmup=5)
         branched, divided = one(*branched, jnp.asarray(True)), two(*divided, due)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), divided, branched)
 
 
-def _evaluations(rule, refreshes):
-    """Of refreshes of two groups, given by how many there were before each; value and grad known.
-
-    The default looks back, ahead while it finds the rates, and at every fourth takes a gradient.
-    The first three compare value and gradient, and look at the noise of the loss.
-    """
-
-    def evaluations(before):
-        return 2 * (before < 3) + (8 if rule is _hidlr else 2 + (before % 4 == 0))
-
-    return sum(map(evaluations, refreshes))
-
-
-def _accumulated_run(rule, accumulate, every):
+def _accumulated_run(accumulate, every):
     """Six mini-steps on different batches; also how often the loss was evaluated."""
     loss_fn, calls = counted(_parabolas)
-    tx = optax.chain(optax.sgd(1.0), rule(loss_fn, update_interval=1))
+    tx = optax.chain(optax.sgd(1.0), _hidlr(loss_fn, update_interval=1))
     tx = _lenient(accumulate(_strict(tx), every))
     step = jax.jit(_step(tx))  # value and gradient come from the loss that does not count
     params, state = _PARAMS, tx.init(_PARAMS)
@@ -335,135 +318,25 @@ def _accumulated_run(rule, accumulate, every):
     return params, state, len(calls)
 
 
-@_plain_and_default
-def test_multi_steps_equals_optax_but_probes_only_at_the_step_that_is_applied(rule):
-    params, state, evaluations = _accumulated_run(rule, hd.multi_steps, 3)
-    params_alone, state_alone, evaluations_alone = _accumulated_run(rule, optax.MultiSteps, 3)
-    assert evaluations == _evaluations(rule, [0, 1])
-    assert evaluations_alone == _evaluations(rule, [0, 0, 0, 1, 1, 1])
+def test_multi_steps_equals_optax_but_probes_only_at_the_step_that_is_applied():
+    params, state, evaluations = _accumulated_run(hd.multi_steps, 3)
+    params_alone, state_alone, evaluations_alone = _accumulated_run(optax.MultiSteps, 3)
+    assert evaluations == 2 + 1  # the first compares value and gradient
+    assert evaluations_alone == 3 * evaluations
     assert optax.tree.get(state, "refreshes") == 2
     _assert_all_close(params, params_alone)
     _assert_all_close(_rates(state), _rates(state_alone))
 
 
-@_plain_and_default
-def test_multi_steps_follows_a_schedule_of_mini_steps(rule):
-    *_, evaluations = _accumulated_run(rule, hd.multi_steps, lambda step: jnp.where(step < 2, 1, 2))
-    assert evaluations == _evaluations(rule, range(4))  # mini-steps 0, 1, 3 and 5
+def test_multi_steps_follows_a_schedule_of_mini_steps():
+    *_, evaluations = _accumulated_run(hd.multi_steps, lambda step: jnp.where(step < 2, 1, 2))
+    assert evaluations == 2 + 3  # mini-steps 0, 1, 3 and 5
 
 
 def test_multi_steps_hands_keywords_on_inside_a_chain():
     tx = optax.chain(_lenient(hd.multi_steps(_strict(_hidlr()), 1)), optax.scale(-1.0))
-    _, state = tx.update(_PARAMS, tx.init(_PARAMS), _PARAMS, batch=_BATCH)
+    _, state = tx.update(_PARAMS, tx.init(_PARAMS), _PARAMS, batch=_BATCH, grad=_PARAMS)
     assert optax.tree.get(state, "refreshes") == 1
-
-
-# Losses, gradients and updates that are not finite.
-
-
-_AT = {"x": jnp.array(1.0), "y": jnp.array(2.0)}
-_DOWN = {"x": jnp.array(-1.0), "y": jnp.array(-1.0)}
-_NOWHERE = {"point": jnp.array([1e3, 1e3]), "poison": jnp.array(0.0)}
-
-
-def _poisoned(params, batch):
-    """A parabola whose value at one point is replaced."""
-    point = jnp.stack([params["x"], params["y"]])
-    hit = jnp.all(jnp.abs(point - batch["point"]) < 1e-5)
-    return jnp.where(hit, batch["poison"], 1.5 * params["x"] ** 2 + 2.5 * params["y"] ** 2)
-
-
-@functools.cache
-def _poisoned_rule(design):
-    """The transformation, its jitted update and the state after one clean refresh."""
-    rule = {"axis": bare, "gaussian": hd.paper_hidlr}[design]
-    tx = rule(_poisoned, {"x": "x", "y": "y"}, init_learning_rate=0.1, update_interval=1)
-    update = jax.jit(tx.update)
-    _, state = update(_DOWN, tx.init(_AT), _AT, batch=_NOWHERE)
-    assert set(_kept(state).values()) == {hd.Kept.UPDATED}
-    return update, state
-
-
-def _assert_nothing_was_learned(state, before):
-    for field in ("group_learning_rates", "slope", "curvature", "influence", "measurements"):
-        _assert_all_equal(getattr(state, field), getattr(before, field))
-    assert state.refreshes == before.refreshes + 1
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
-
-
-def _assert_it_recovers(update, state, **known):
-    updates, recovered = update(_DOWN, state, _AT, batch=_NOWHERE, **known)
-    assert set(_kept(recovered).values()) == {hd.Kept.UPDATED}
-    assert _rates(recovered) != _rates(state)
-    assert all(np.isfinite(leaf) for leaf in jax.tree.leaves((updates, recovered)))
-
-
-def _reach(design, state):
-    """Joint draws are scaled by the rates; axis probes bend the loss at `_AT` by 0.002 of it."""
-    rates, curvature = (
-        np.array([float(group["x"]), float(group["y"])])
-        for group in (_rates(state), state.curvature)
-    )
-    if design == "gaussian":
-        return rates
-    return np.clip(np.sqrt(0.002 * (1.5 * 1 + 2.5 * 4) / curvature), rates / 10, rates * 30)
-
-
-@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("probe", range(-1, 8))  # −1 is the loss at the parameters
-@pytest.mark.parametrize("design", ["axis", "gaussian"])
-def test_one_bad_probe_keeps_every_rate_and_every_average(design, probe, poison):
-    update, before = _poisoned_rule(design)
-    points = hd.probes(design, per_group=4).points(2, before.count)
-    reach = jnp.asarray(_reach(design, before), jnp.float32)
-    offset = points[probe] * reach if probe >= 0 else jnp.zeros(2)
-    batch = {"point": jnp.array([1.0, 2.0]) - offset, "poison": jnp.float32(poison)}
-    updates, state = update(_DOWN, before, _AT, batch=batch)
-    _assert_nothing_was_learned(state, before)
-    kept = _kept(state)
-    if design == "gaussian" or probe == -1:
-        assert kept == {"x": hd.Kept.NON_FINITE, "y": hd.Kept.NON_FINITE}
-    else:
-        bad, good = ("x", "y") if probe < 4 else ("y", "x")
-        assert kept == {bad: hd.Kept.NON_FINITE, good: hd.Kept.OTHER_GROUP}
-    _assert_all_equal(updates, {"x": -_rates(before)["x"], "y": -_rates(before)["y"]})
-    _assert_it_recovers(update, state)
-
-
-_ALL_BAD = {"x": hd.Kept.NON_FINITE, "y": hd.Kept.NON_FINITE}
-_X_BAD = {"x": hd.Kept.NON_FINITE, "y": hd.Kept.OTHER_GROUP}
-_Y_BAD = {"x": hd.Kept.OTHER_GROUP, "y": hd.Kept.NON_FINITE}
-
-
-@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize(
-    ("value", "grad", "update", "kept"),
-    [
-        pytest.param("all", None, None, _ALL_BAD, id="value"),
-        pytest.param(None, "x", None, _X_BAD, id="grad-x"),
-        pytest.param(None, "y", None, _Y_BAD, id="grad-y"),
-        pytest.param(None, None, "x", None, id="update-x"),
-        pytest.param(None, None, "y", None, id="update-y"),
-    ],
-)
-def test_bad_information_keeps_every_rate_and_every_average(value, grad, update, kept, poison):
-    poison = jnp.float32(poison)
-    jitted, before = _poisoned_rule("axis")
-    true_value, true_grad = jax.value_and_grad(_poisoned)(_AT, _NOWHERE)
-    known = {
-        "value": poison if value else true_value,
-        "grad": true_grad | ({grad: poison} if grad else {}),
-    }
-    direction = _DOWN | ({update: poison} if update else {})
-    updates, state = jitted(direction, before, _AT, batch=_NOWHERE, **known)
-    _assert_nothing_was_learned(state, before)
-    assert hd.Kept.UPDATED not in _kept(state).values()
-    if kept is not None:
-        assert _kept(state) == kept
-    if update is not None:
-        assert _kept(state)[update] == hd.Kept.NON_FINITE
-    assert all(np.isfinite(leaf) for name, leaf in updates.items() if name != update)
-    _assert_it_recovers(jitted, state, value=true_value, grad=true_grad)
 
 
 # JAX's transformations.
@@ -489,11 +362,9 @@ def _network_batches(count, seed=0, examples=32):
     return x, jnp.sin(jnp.sum(x, axis=-1))
 
 
-def _network_tx(rule, loss_fn=_network):
-    kwargs = {"init_learning_rate": 0.02, "update_interval": 2}
-    if rule is _default:
-        kwargs |= {"warmup": 3}  # both steps with and without a refresh, in six
-    return optax.chain(_adam(), rule(loss_fn, **kwargs))
+def _network_tx(loss_fn=_network):
+    # Both steps with and without a refresh, in six.
+    return optax.chain(_adam(), _hidlr(loss_fn, update_interval=2, warmup=2))
 
 
 def _run(step, params, state, batches):
@@ -503,27 +374,30 @@ def _run(step, params, state, batches):
 
 
 @functools.cache
-def _network_step(rule):
-    return jax.jit(_step(_network_tx(rule), _network))
+def _network_step():
+    return jax.jit(_step(_network_tx(), _network))
+
+
+def _start():
+    params = _network_params()
+    return params, _network_tx().init(params)
 
 
 @functools.cache
-def _reference_run(rule):
-    params = _network_params()
-    return _run(_network_step(rule), params, _network_tx(rule).init(params), _network_batches(6))
+def _reference_run():
+    return _run(_network_step(), *_start(), _network_batches(6))
 
 
-@_plain_and_default
-def test_the_run_the_others_are_compared_with_moves_the_rates(rule):
-    _, state = _reference_run(rule)
-    assert optax.tree.get(state, "refreshes") == (4 if rule is _default else 3)
+def test_the_run_the_others_are_compared_with_moves_the_rates():
+    _, state = _reference_run()
+    assert optax.tree.get(state, "refreshes") == 4
     assert set(_kept(state).values()) == {hd.Kept.UPDATED}
-    assert all(rate != np.float32(0.02) for rate in _rates(state).values())
+    _, before = _run(_network_step(), *_start(), _network_batches(1))
+    assert all(rate != _rates(before)[name] for name, rate in _rates(state).items())
 
 
-@_plain_and_default
-def test_scan_equals_the_loop(rule):
-    tx = _network_tx(rule)
+def test_scan_equals_the_loop():
+    tx = _network_tx()
     step = _step(tx, _network)
     params = _network_params()
 
@@ -535,14 +409,11 @@ def test_scan_equals_the_loop(rule):
         return jax.lax.scan(body, (params, state), batches)[0]
 
     scanned = train(params, tx.init(params), _network_batches(6))
-    # The noise is rounding, and another program rounds in another way.
-    runs = [optax.tree.set(run, loss_noise=0.0) for run in (scanned, _reference_run(rule))]
-    _assert_all_close(*runs, 1e-4)
+    _assert_all_close(scanned, _reference_run(), rtol=1e-3, atol=1e-5)
 
 
-@_plain_and_default
-def test_vmap_over_runs_equals_each_run(rule):
-    tx = _network_tx(rule)
+def test_vmap_over_runs_equals_each_run():
+    tx = _network_tx()
     step = _step(tx, _network)
     runs = [(_network_params(seed), _network_batches(4, seed)) for seed in range(3)]
     params, batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *runs)
@@ -552,16 +423,15 @@ def test_vmap_over_runs_equals_each_run(rule):
         batch = jax.tree.map(lambda leaf, n=n: leaf[:, n], batches)
         params, state = together(params, state, batch)
     for n, (one, its_batches) in enumerate(runs):
-        expected = _run(_network_step(rule), one, tx.init(one), its_batches)
+        expected = _run(_network_step(), one, tx.init(one), its_batches)
         actual = jax.tree.map(lambda leaf, n=n: leaf[n], (params, state))
         # A curvature along the whole step is a difference of losses: it multiplies their rounding.
-        _assert_all_close(actual, expected, rtol=1e-3 if rule is _hidlr else 1e-2, atol=1e-5)
+        _assert_all_close(actual, expected, rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.usefixtures("optimized")
-@_plain_and_default
-def test_params_and_state_can_be_donated(rule):
-    tx = _network_tx(rule)
+def test_params_and_state_can_be_donated():
+    tx = _network_tx()
     params = _network_params()
     state = tx.init(params)
     step = _step(tx, _network)
@@ -572,37 +442,16 @@ def test_params_and_state_can_be_donated(rule):
     _assert_all_equal(result, expected)
 
 
-@_plain_and_default
-def test_an_update_outside_jit_equals_the_jitted_one(rule):
-    tx = _network_tx(rule)
+def test_an_update_outside_jit_equals_the_jitted_one():
+    tx = _network_tx()
     params = _network_params()
     batch = jax.tree.map(lambda leaf: leaf[0], _network_batches(1))
     state = tx.init(params)
     eager = _step(tx, _network)(params, state, batch)
-    _assert_all_close(eager, _network_step(rule)(params, state, batch), rtol=1e-3)
+    _assert_all_close(eager, _network_step()(params, state, batch), rtol=1e-3)
 
 
 # Precision.
-
-
-@pytest.mark.parametrize(
-    ("dtype", "slope"),
-    [(jnp.bfloat16, "gradient"), (jnp.bfloat16, "probes"), (jnp.float16, "probes")],
-)
-def test_a_curvature_is_found_at_offsets_that_the_parameters_cannot_hold(dtype, slope):
-    params = jnp.full(3, 256.0, dtype)
-    direction = jnp.full(3, -1.0, dtype)
-    centre, rate = 255.75, 0.03
-    assert params[0] + (direction[0].astype(jnp.float32) * 2 * rate).astype(dtype) == params[0]
-
-    def loss(params):
-        return jnp.sum((params.astype(jnp.float32) - centre) ** 2)
-
-    tx = bare(None, "all", init_learning_rate=rate, slope=slope, **_EXACT)
-    grad = jax.grad(loss)(params)
-    _, state = tx.update(direction, tx.init(params), params, value_fn=loss, grad=grad)
-    np.testing.assert_allclose(state.curvature["all"], 6.0, rtol=1e-2)
-    np.testing.assert_allclose(state.group_learning_rates["all"], 0.25, rtol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -622,13 +471,15 @@ def test_a_value_less_precise_than_the_probes_is_not_trusted(params_dtype, value
         def loss(params):
             return jnp.sum(params**2)
 
-        tx = bare(None, "all", init_learning_rate=0.1)
-        update = jax.jit(functools.partial(tx.update, value_fn=loss))
+        tx = hd.hidlr(None, "all")
+        update = jax.jit(functools.partial(tx.update, value_fn=loss, grad=2 * params))
         _, state = update(-params, tx.init(params), params)
         # The loss is 5: where a value is used at all, this one is found out.
         _, told = update(-params, tx.init(params), params, value=jnp.array(4.5, value_dtype))
-        assert (int(told.value_mismatches) == 1) == trusted
-        np.testing.assert_allclose(told.curvature["all"], state.curvature["all"], rtol=1e-6)
+        slips = hd.Slip(int(told.diagnostics.slips))
+        assert slips == (hd.Slip.VALUE if trusted else hd.Slip(0))
+        one, other = (s.diagnostics.curvature["all"] for s in (told, state))
+        np.testing.assert_allclose(one, other, rtol=1e-2)
 
 
 # Many devices.
@@ -638,10 +489,9 @@ def _mesh():
     return jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
 
 
-@_plain_and_default
-def test_sharded_parameters_and_data_give_the_rates_of_one_device(rule):
+def test_sharded_parameters_and_data_give_the_rates_of_one_device():
     params, batches, mesh = _network_params(), _network_batches(6), _mesh()
-    tx = _network_tx(rule)
+    tx = _network_tx()
     layout = {"w": (None, "x"), "v": ("x",), "b": ()}
     put = {
         name: jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*layout[name])))
@@ -651,38 +501,35 @@ def test_sharded_parameters_and_data_give_the_rates_of_one_device(rule):
     state = jax.device_put(tx.init(params), NamedSharding(mesh, PartitionSpec()))
     result, state = _run(jax.jit(_step(tx, _network)), put, state, data)
     assert len(result["w"].sharding.device_set) == 8
-    _assert_all_close((result, state), _reference_run(rule), rtol=2e-3, atol=1e-5)
+    _assert_all_close((result, state), _reference_run(), rtol=2e-3, atol=1e-5)
 
 
-def _shard_mapped(rule, loss_fn, **kwargs):
+def _shard_mapped(loss_fn, **kwargs):
     everywhere, split = PartitionSpec(), PartitionSpec("x")
     step = shard_map(
-        _step(_network_tx(rule, loss_fn), loss_fn),
+        _step(_network_tx(loss_fn), loss_fn),
         mesh=_mesh(),
         in_specs=(everywhere, everywhere, split),
         out_specs=(everywhere, everywhere),
         **kwargs,
     )
     params = _network_params()
-    state = _network_tx(rule).init(params)
+    state = _network_tx().init(params)
     return _run(jax.jit(step), params, state, _network_batches(6))
 
 
-@_plain_and_default
-def test_shard_map_with_pmean_in_the_loss_equals_one_device(rule):
+def test_shard_map_with_pmean_in_the_loss_equals_one_device():
     def loss_fn(params, batch):
         return jax.lax.pmean(_network(params, batch), "x")
 
     # A curvature along the whole step multiplies the rounding of losses that devices sum anew.
-    rtol = 1e-3 if rule is _hidlr else 1e-2
-    _assert_all_close(_shard_mapped(rule, loss_fn), _reference_run(rule), rtol=rtol, atol=1e-5)
+    _assert_all_close(_shard_mapped(loss_fn), _reference_run(), rtol=1e-2, atol=1e-4)
 
 
-@_plain_and_default
-def test_shard_map_without_pmean_is_an_error_and_replicas_do_not_drift_apart(rule):
+def test_shard_map_without_pmean_is_an_error_and_replicas_do_not_drift_apart():
     # Older versions of jax refuse before hidlr does, in value_and_grad.
     with pytest.raises((TypeError, ValueError), match=r"pmean on the loss|argument to vjp"):
-        _shard_mapped(rule, _network)
+        _shard_mapped(_network)
 
 
 # Libraries of layers.
@@ -718,9 +565,7 @@ def _nnx_step(model, optimizer, batch):
 
 def _nnx_model_and_optimizer():
     model = _NnxModel(nnx.Rngs(0))
-    tx = optax.chain(
-        _adam(), bare(None, hd.label_by_role, init_learning_rate=0.02, update_interval=2)
-    )
+    tx = optax.chain(_adam(), hd.hidlr(None, hd.label_by_role, update_interval=2, warmup=2))
     return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
 
 
@@ -737,10 +582,10 @@ def _nnx_run():
 def test_nnx_optimizer_works_as_it_is():
     values, metrics, _ = _nnx_run()
     assert values[-1] < values[0]
-    assert int(metrics["refreshes"]) == 3
+    assert int(metrics["refreshes"]) == 4
     groups = ("rest", "norm", "bias", "head")
     assert {f"learning_rate/{group}" for group in groups} < set(metrics)
-    assert float(metrics["learning_rate/head"]) != np.float32(0.02)
+    assert float(metrics["learning_rate/head"]) > 0
 
 
 def test_metrics_of_an_nnx_optimizer_are_plain_arrays():
@@ -769,7 +614,7 @@ def test_a_linen_loop_with_batch_norm_and_dropout_learns():
     x, y = jax.tree.map(lambda leaf: leaf[0], _network_batches(1))
     variables = model.init(jax.random.key(0), x, train=False)
     params = variables["params"]
-    tx = optax.chain(_adam(), bare(None, hd.label_by_role(params), update_interval=4))
+    tx = optax.chain(_adam(), hd.hidlr(None, hd.label_by_role(params), update_interval=4))
 
     def loss_fn(params, statistics, key):
         out, changed = model.apply(
@@ -812,7 +657,7 @@ def test_an_equinox_model_is_split_into_arrays_and_the_rest():
         return jnp.mean((jax.vmap(eqx.combine(params, static))(x) - y) ** 2)
 
     labels = hd.label_by_path(params, [(".*/bias", "bias")], default="weight")
-    tx = optax.chain(_adam(), bare(loss_fn, labels, init_learning_rate=0.02))
+    tx = optax.chain(_adam(), hd.hidlr(loss_fn, labels))
     step = jax.jit(_step(tx, loss_fn))
     new_params, state = step(params, tx.init(params), batch)
     assert set(_kept(state).values()) == {hd.Kept.UPDATED}
@@ -828,7 +673,7 @@ def test_a_checkpoint_survives_another_order_of_groups(tmp_path):
         labels = hd.label_by_path(params, rules)
         tx = optax.chain(
             optax.sgd(1.0),
-            _hidlr(_network, labels, init_learning_rate=initial, update_interval=2),
+            _hidlr(_network, labels, init_learning_rate=initial, update_interval=2, warmup=0),
         )
         return tx, {"params": params, "state": tx.init(params)}
 
@@ -861,7 +706,7 @@ def test_fields_of_the_state_are_not_mistaken_for_those_of_others():
 
 
 def test_a_group_named_like_a_field_does_not_hide_it():
-    tx = bare(_parabolas, {"w": "slope", "v": "kept", "b": "count"})
+    tx = hd.hidlr(_parabolas, {"w": "slope", "v": "kept", "b": "count"})
     state = tx.init(_PARAMS)
     assert set(hd.metrics(state)) >= {"learning_rate/slope", "learning_rate/kept"}
 
@@ -886,17 +731,16 @@ _NO_HEAD = {"w": "body", "v": "head"}
 )
 def test_labels_that_do_not_match_are_refused(labels, message):
     with pytest.raises(ValueError, match=message):
-        bare(_parabolas, labels).init(_PARAMS)
+        hd.hidlr(_parabolas, labels).init(_PARAMS)
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, math.nan, math.inf])
-@pytest.mark.parametrize("rule", [hd.hidlr, hd.paper_hidlr])
-def test_an_initial_rate_that_is_no_rate_is_refused(rule, rate):
+def test_an_initial_rate_that_is_no_rate_is_refused(rate):
     with pytest.raises(ValueError, match=f"init_learning_rate must be finite and > 0, got {rate}"):
-        rule(_parabolas, _LABELS, init_learning_rate=rate)
+        hd.hidlr(_parabolas, _LABELS, init_learning_rate=rate)
     rates = {"body": 0.1, "head": rate}
     with pytest.raises(ValueError, match=r"init_learning_rate\['head'\] must be finite and > 0"):
-        rule(_parabolas, _LABELS, init_learning_rate=rates)
+        hd.hidlr(_parabolas, _LABELS, init_learning_rate=rates)
 
 
 @pytest.mark.parametrize(
@@ -909,7 +753,7 @@ def test_an_initial_rate_that_is_no_rate_is_refused(rule, rate):
 )
 def test_initial_rates_must_name_every_group_and_no_other(rates, message):
     with pytest.raises(ValueError, match=message):
-        bare(_parabolas, _LABELS, init_learning_rate=rates).init(_PARAMS)
+        hd.hidlr(_parabolas, _LABELS, init_learning_rate=rates).init(_PARAMS)
 
 
 @pytest.mark.parametrize(
@@ -920,34 +764,18 @@ def test_initial_rates_must_name_every_group_and_no_other(rates, message):
         ({"update_interval": 2.5}, "update_interval must be .* got 2.5"),
         ({"init_learning_rate": optax.constant_schedule(1.0)}, "schedule goes into schedule="),
         ({"schedule": 0.5}, "schedule must be a callable step -> factor, or None, got 0.5"),
-        ({"slope": "guess"}, "slope must be .* got 'guess'"),
-        (
-            {"slope": "probes", "curvature": hd.probes(per_group=1)},
-            "needs per_group >= 2, got Probes",
-        ),
-        ({"curvature": "axis"}, "curvature must be an estimator .* got 'axis'"),
-        ({"solver": 0.9}, "solver must be a solver .* got 0.9"),
+        ({"warmup": -1}, "warmup must be a whole number >= 0, got -1"),
+        ({"warmup": 0}, "init_learning_rate=None is found during warm-up, but warmup is 0"),
     ],
 )
 def test_arguments_out_of_range_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        bare(_parabolas, _LABELS, **kwargs)
+        hd.hidlr(_parabolas, _LABELS, **kwargs)
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: bare("loss", _LABELS), "loss_fn must be a callable .* got str"),
-        (lambda: hd.probes(per_group=0), "per_group must be 1 or more, got 0"),
-        (lambda: hd.probes(batch_size=0), "batch_size must be 1 or more, .* got 0"),
-        (lambda: hd.probes("grid"), "design must be .* got 'grid'"),
-        (lambda: hd.paper_hidlr(None, "all", per_group=1), "needs per_group >= 2, got Probes"),
-        (lambda: hd.diagonal(max_change=1.0), "max_change must be finite and > 1, .* got 1.0"),
-    ],
-)
-def test_parts_out_of_range_are_refused(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
+def test_a_loss_that_is_no_function_is_refused():
+    with pytest.raises(ValueError, match=r"loss_fn must be a callable .* got str"):
+        hd.hidlr("loss", _LABELS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -956,11 +784,9 @@ class _Refused:
 
     message: str
     call: dict = dataclasses.field(default_factory=dict)
-    rule: dict = dataclasses.field(default_factory=dict)
     loss_fn: Any = _parabolas
 
 
-_NO_GRAD = {"grad": None}
 _REFUSED = {
     "no params": _Refused(r"call update\(updates, state, params", {"params": None}),
     "no loss": _Refused("hidlr has no loss to probe.*value_fn=", loss_fn=None),
@@ -976,12 +802,7 @@ _REFUSED = {
         {"grad": _PARAMS | {"v": jnp.ones((4, 1))}},
     ),
     "value not scalar": _Refused("value must be the scalar loss", {"value": jnp.ones(2)}),
-    "slope without grad": _Refused(
-        "slope='gradient' needs the raw gradient", _NO_GRAD, {"slope": "gradient"}
-    ),
-    "one probe without grad": _Refused(
-        r"per_group=1.* cannot fit", _NO_GRAD, {"curvature": hd.probes(per_group=1)}
-    ),
+    "no gradient": _Refused("hidlr needs the raw gradient of the loss", {"grad": None}),
     "a loss per example": _Refused(
         r"must return a real scalar.*shape=\(3,\)", loss_fn=lambda p, batch: p["w"][:, 0]
     ),
@@ -997,7 +818,7 @@ _REFUSED = {
 @pytest.mark.parametrize("case", _REFUSED.values(), ids=_REFUSED.keys())
 def test_an_update_that_cannot_work_is_refused_before_the_loss_is_evaluated(case):
     loss_fn, calls = (None, []) if case.loss_fn is None else counted(case.loss_fn)
-    tx = bare(loss_fn, _LABELS, **case.rule)
+    tx = hd.hidlr(loss_fn, _LABELS)
     good = {"updates": _PARAMS, "params": _PARAMS, "batch": _BATCH, "grad": _PARAMS}
     call = good | case.call
     with pytest.raises(ValueError, match=case.message):
@@ -1015,8 +836,10 @@ def test_value_fn_wins_over_loss_fn_and_leaves_the_batch_alone():
 
     tx = _hidlr(never)
     state = tx.init(_PARAMS)
-    result = tx.update(_downhill(), state, _PARAMS, value_fn=value_fn, batch=object())
-    expected = _hidlr().update(_downhill(), state, _PARAMS, batch=_BATCH)
+    result = tx.update(
+        _downhill(), state, _PARAMS, value_fn=value_fn, batch=object(), grad=_gradient()
+    )
+    expected = _hidlr().update(_downhill(), state, _PARAMS, batch=_BATCH, grad=_gradient())
     _assert_all_close(result, expected, rtol=1e-4)
 
 
@@ -1028,9 +851,16 @@ def test_value_fn_is_handed_the_keywords_that_it_names():
     state = tx.init(_PARAMS)
     weight = jnp.array(1.0)
     result = tx.update(
-        _downhill(), state, _PARAMS, value_fn=value_fn, batch=_BATCH, weight=weight, other=None
+        _downhill(),
+        state,
+        _PARAMS,
+        value_fn=value_fn,
+        batch=_BATCH,
+        weight=weight,
+        other=None,
+        grad=_gradient(),
     )
-    expected = _hidlr().update(_downhill(), state, _PARAMS, batch=_BATCH)
+    expected = _hidlr().update(_downhill(), state, _PARAMS, batch=_BATCH, grad=_gradient())
     _assert_all_close(result, expected, rtol=1e-4)
 
 
@@ -1040,5 +870,5 @@ def test_a_loss_that_fails_for_its_own_reasons_says_so():
 
     tx = _hidlr(broken)
     with pytest.raises(KeyError, match="missing") as raised:
-        tx.update(_PARAMS, tx.init(_PARAMS), _PARAMS, batch=_BATCH)
+        tx.update(_PARAMS, tx.init(_PARAMS), _PARAMS, batch=_BATCH, grad=_PARAMS)
     assert "hidlr was tracing the loss" in "".join(raised.value.__notes__)

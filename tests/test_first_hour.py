@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import coupled_hidlr, promoting
+from support import promoting
 
 import hidlr_optax as hd
-from hidlr_optax import Kept
+from hidlr_optax import Kept, Slip
 
 LABELS = {"body": "body", "head": "head"}
 
@@ -65,11 +65,12 @@ def _rates(state):
     return [float(rate) for rate in optax.tree.get(state, "group_learning_rates").values()]
 
 
+def _slips(state):
+    return Slip(int(hd.metrics(state)["slips"]))
+
+
 def _falling(peak):
     return lambda step: peak * (1 - step.astype(jnp.float32) / 40)
-
-
-RULES = {"hold": hd.hidlr, "coupled": coupled_hidlr}
 
 
 # 1. A direction that goes uphill.
@@ -81,14 +82,12 @@ def test_a_direction_that_ascends_is_named_with_its_mend(base):
     state = _trained(hd.hidlr(loss_fn, LABELS), promoting("standard", bases[base]), steps=12)
     found = hd.metrics(state)
     assert {int(found[f"kept/{name}"]) for name in LABELS} == {Kept.ASCENDS}
-    assert int(found["ascents"]) == int(found["refreshes"]) == 12
     assert "scale(-1.0)" in hd.explain(state)
     assert "goes uphill" in hd.explain(state)
 
 
 def test_a_direction_that_descends_is_not_said_to_ascend():
     state = _trained(hd.hidlr(loss_fn, LABELS))
-    assert 2 * int(hd.metrics(state)["ascents"]) < int(hd.metrics(state)["refreshes"])
     assert "uphill" not in hd.explain(state)
 
 
@@ -103,22 +102,20 @@ CHANGED = {
 }
 
 
-@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("change", CHANGED)
-def test_a_step_that_is_changed_after_hidlr_is_named(rule, change):
-    changed = optax.chain(RULES[rule](loss_fn, LABELS), promoting("standard", CHANGED[change]))
+def test_a_step_that_is_changed_after_hidlr_is_named(change):
+    changed = optax.chain(hd.hidlr(loss_fn, LABELS), promoting("standard", CHANGED[change]))
     state = _trained(changed)
-    assert int(hd.metrics(state)["step_mismatches"]) > 10
+    assert _slips(state) == Slip.STEP
     assert "did not move by the step" in hd.explain(state)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("labels", [LABELS, "all"], ids=["two", "one"])
 @pytest.mark.parametrize("interval", [1, 10])
-@pytest.mark.parametrize("stored", [None, jnp.bfloat16])
-def test_a_step_that_is_taken_as_it_is_is_not(rule, interval, stored):
-    told = {"update_interval": interval, "schedule": _falling(1.0), "lagged_dtype": stored}
-    state = _trained(RULES[rule](loss_fn, LABELS, **told))
-    assert int(hd.metrics(state)["step_mismatches"]) == 0
+def test_a_step_that_is_taken_as_it_is_is_not(labels, interval):
+    told = {"update_interval": interval, "schedule": _falling(1.0)}
+    state = _trained(hd.hidlr(loss_fn, labels, **told))
+    assert _slips(state) == Slip(0)
     assert "did not move" not in hd.explain(state)
 
 
@@ -136,7 +133,7 @@ def test_steps_that_bfloat16_parameters_round_away_are_not_compared():
 
     for _ in range(5):
         state = update(state)
-    assert int(hd.metrics(state)["step_mismatches"]) == 0
+    assert _slips(state) == Slip(0)
 
 
 # 2. `value` and `grad` of another function.
@@ -149,58 +146,30 @@ OTHER_VALUES = {
 }
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("labels", [LABELS, "all"], ids=["two", "one"])
 @pytest.mark.parametrize("slip", OTHER_VALUES)
-def test_a_value_of_another_function_changes_nothing_and_is_named(rule, slip):
-    right = _trained(RULES[rule](loss_fn, LABELS))
-    wrong = _trained(RULES[rule](loss_fn, LABELS), value_of=OTHER_VALUES[slip])
-    # At the first refresh, three thousandths may be rounding: the noise is not known yet.
-    counted = int(hd.metrics(wrong)["value_mismatches"]) + (slip == "with a penalty")
-    assert counted == int(hd.metrics(wrong)["refreshes"])
-    np.testing.assert_allclose(_rates(wrong), _rates(right), rtol=1e-2)
+def test_a_value_of_another_function_is_named_and_leaves_a_run_alive(labels, slip):
+    right = _trained(hd.hidlr(loss_fn, labels))
+    wrong = _trained(hd.hidlr(loss_fn, labels), value_of=OTHER_VALUES[slip])
+    assert _slips(wrong) == Slip.VALUE
+    # Measured at the loss itself. The guard alone reads the value.
+    np.testing.assert_allclose(np.log(_rates(wrong)), np.log(_rates(right)), atol=np.log(3))
     assert "`value` is not the loss" in hd.explain(wrong)
-    assert int(hd.metrics(right)["value_mismatches"]) == 0
+    assert _slips(right) == Slip(0)
     assert "`value`" not in hd.explain(right)
 
 
-def test_a_value_that_agrees_at_first_is_compared_again():
-    """A head of zeros, or LoRA before its first step: all batches have one loss, or all keys."""
-
-    def flat_at_first(params, batch):
-        x, y = batch
-        return jnp.mean((x @ params["w"] * y - 1) ** 2)
-
-    tx = optax.chain(optax.sgd(1.0), hd.hiulr(flat_at_first))
-    params = {"w": jnp.zeros(8)}
-    state = tx.init(params)
-
-    @jax.jit
-    def step(params, state, batch, other):
-        grad = jax.grad(flat_at_first)(params, batch)
-        value = flat_at_first(params, other)
-        updates, state = tx.update(grad, state, params, batch=batch, value=value, grad=grad)
-        return optax.apply_updates(params, updates), state
-
-    (x, y), counts = _batches(1, 4), []
-    for n in range(3):
-        params, state = step(params, state, (x[n], y[n]), (x[n + 1], y[n + 1]))
-        counts.append(int(hd.metrics(state)["value_mismatches"]))
-    assert counts == [0, 1, 2]
-
-
-@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("factor", [2.0**15, 32.0, 2.0**-15])
-def test_a_gradient_that_is_off_by_a_factor_changes_nothing_and_is_named(rule, factor):
-    right = _trained(RULES[rule](loss_fn, LABELS))
+def test_a_gradient_that_is_off_by_a_factor_is_named_and_leaves_a_run_alive(factor):
+    right = _trained(hd.hidlr(loss_fn, LABELS))
     wrong = _trained(
-        RULES[rule](loss_fn, LABELS),
+        hd.hidlr(loss_fn, LABELS),
         grad_of=lambda grad: jax.tree.map(lambda g: factor * g, grad),
     )
-    assert int(hd.metrics(wrong)["gradient_mismatches"]) == 3
-    np.testing.assert_allclose(wrong[-1].gradient_factor, 1 / factor, rtol=1e-3)
-    np.testing.assert_allclose(_rates(wrong), _rates(right), rtol=1e-2)
+    assert _slips(wrong) == Slip.GRADIENT
+    np.testing.assert_allclose(np.log(_rates(wrong)), np.log(_rates(right)), atol=np.log(3))
     assert "`grad` is not the gradient" in hd.explain(wrong)
-    assert int(hd.metrics(right)["gradient_mismatches"]) == 0
+    assert _slips(right) == Slip(0)
     assert "`grad`" not in hd.explain(right)
 
 
@@ -208,7 +177,7 @@ def test_a_gradient_of_the_wrong_sign_is_named():
     state = _trained(
         hd.hidlr(loss_fn, LABELS), grad_of=lambda grad: jax.tree.map(jnp.negative, grad), steps=6
     )
-    assert int(hd.metrics(state)["gradient_mismatches"]) == 3
+    assert Slip.GRADIENT in _slips(state)
     assert "`grad` is not the gradient" in hd.explain(state)
 
 
@@ -217,7 +186,7 @@ def test_a_clipped_gradient_in_place_of_the_raw_one_is_named():
     state = _trained(
         hd.hidlr(loss_fn, LABELS), grad_of=lambda grad: clip.update(grad, clip.init(grad))[0]
     )
-    assert int(hd.metrics(state)["gradient_mismatches"]) == 3
+    assert Slip.GRADIENT in _slips(state)
 
 
 def test_a_loss_without_a_forward_mode_still_has_its_value_compared():
@@ -237,7 +206,7 @@ def test_a_loss_without_a_forward_mode_still_has_its_value_compared():
         _, state = jax.jit(tx.update)(
             grad, tx.init(params), params, batch=3.0, value=factor * value, grad=grad
         )
-        assert int(hd.metrics(state)["value_mismatches"]) == (factor == 2)
+        assert _slips(state) == (Slip.VALUE if factor == 2 else Slip(0))
 
 
 def test_a_loss_that_is_all_rounding_is_no_mismatch():
@@ -254,8 +223,7 @@ def test_a_loss_that_is_all_rounding_is_no_mismatch():
     _, state = jax.jit(tx.update)(
         grad, tx.init(params), params, batch=batch, value=-value - 3e-8, grad=grad
     )
-    assert int(hd.metrics(state)["value_mismatches"]) == 0
-    assert int(hd.metrics(state)["gradient_mismatches"]) == 0
+    assert _slips(state) == Slip(0)
 
 
 # 3. A schedule in learning rates.
@@ -315,7 +283,7 @@ def _calls(tx, steps):
 
 @pytest.mark.parametrize("accumulated", [False, True])
 def test_updates_outside_of_jit_are_warned_of_once(accumulated):
-    tx = hd.hidlr(loss_fn, LABELS, warmup=0)
+    tx = hd.hidlr(loss_fn, LABELS, init_learning_rate=1e-3, warmup=0)
     tx = hd.multi_steps(tx, 2) if accumulated else tx
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -327,7 +295,7 @@ def test_updates_outside_of_jit_are_warned_of_once(accumulated):
 
 
 def test_the_warning_names_the_line_of_the_user_through_a_chain():
-    tx = optax.chain(optax.chain(hd.hidlr(loss_fn, LABELS, warmup=0)))
+    tx = optax.chain(optax.chain(hd.hidlr(loss_fn, LABELS, init_learning_rate=1e-3, warmup=0)))
     with jax.numpy_dtype_promotion("standard"), pytest.warns(UserWarning, match="jax.jit") as found:
         _calls(tx, 2)
     assert found[0].filename == __file__
@@ -339,7 +307,7 @@ def test_one_update_outside_of_jit_is_no_loop():
 
 @pytest.mark.filterwarnings("ignore:hidlr. update is called outside")
 def test_outside_of_jit_nothing_is_compiled_between_refreshes(caplog):
-    tx = hd.hidlr(loss_fn, LABELS, warmup=0)
+    tx = hd.hidlr(loss_fn, LABELS, init_learning_rate=1e-3, warmup=0)
     params, batch = _params(), tuple(part[0] for part in _batches(1, 1))
     value, grad = jax.jit(jax.value_and_grad(loss_fn))(params, batch)
     direction, state = jax.tree.map(jnp.negative, grad), tx.init(params)
@@ -369,23 +337,11 @@ def test_outside_of_jit_the_numbers_are_the_same():
 # 6. Frozen groups.
 
 
-@pytest.mark.parametrize(
-    "rule",
-    [
-        hd.hidlr(loss_fn, LABELS),
-        hd.hidlr(loss_fn, LABELS, curvature=hd.probes()),
-        hd.hidlr(loss_fn, LABELS, slope="probes", curvature=hd.probes()),
-        coupled_hidlr(loss_fn, LABELS),
-        coupled_hidlr(loss_fn, LABELS, slope="probes"),
-        hd.paper_hidlr(loss_fn, LABELS),
-    ],
-    ids=["hold", "hold, probes", "hold, fitted", "coupled", "coupled, fitted", "paper"],
-)
 @pytest.mark.parametrize("steps", [1, 2, 12])
-def test_frozen_groups_have_no_slope_from_the_first_refresh_on(rule, steps):
+def test_frozen_groups_have_no_slope_from_the_first_refresh_on(steps):
     parts = {"trained": _adamw(), "frozen": optax.set_to_zero()}
     base = optax.partition(parts, {"body": "frozen", "head": "trained"})
-    found = hd.metrics(_trained(rule, base, steps=steps))
+    found = hd.metrics(_trained(hd.hidlr(loss_fn, LABELS), base, steps=steps))
     assert int(found["kept/body"]) == Kept.NO_SLOPE
     assert int(found["kept/head"]) != Kept.NO_SLOPE
 
@@ -405,36 +361,32 @@ def test_explain_is_about_ten_lines_whatever_the_number_of_groups():
     _, state = jax.jit(tx.update)(direction, tx.init(params), params, batch=1.0, grad=grad)
     lines = hd.explain((optax.EmptyState(), state)).splitlines()
     assert len(lines) <= 10
-    assert "and 35 more, of less to tell" in lines
+    assert "and 35 more" in lines
     assert lines[0] == "1 updates, 1 refreshes; the guard stepped in 0 times."
     assert lines[-1] == "Nothing stands out."
 
 
-def test_explain_names_what_each_status_asks_for_and_rates_that_sank_together():
-    tx = hd.hidlr(None, LABELS)
-    state = tx.init(_params())
-    rates = {name: jnp.float32(1e-6) for name in LABELS}
+def test_explain_shows_the_message_of_each_status_and_what_the_guard_does():
+    state = hd.hidlr(None, LABELS).init(_params())
     state = state._replace(
-        count=jnp.int32(90),
-        refreshes=jnp.int32(9),
-        cuts=jnp.int32(1),
-        schedule_factor=jnp.float32(0.5),
-        group_learning_rates=rates,
-        highest_learning_rates=dict.fromkeys(LABELS, jnp.float32(1e-2)),
+        count=jnp.int32(90), memory=state.memory._replace(guard=jnp.float32(0.25))
     )
     for status in Kept:
         kept = {"body": jnp.int32(status), "head": jnp.int32(Kept.UPDATED)}
-        text = hd.explain(state._replace(kept=kept))
-        lines = text.splitlines()
+        found = state.diagnostics._replace(refreshes=jnp.int32(9), cuts=jnp.int32(1), kept=kept)
+        lines = hd.explain(state._replace(diagnostics=found)).splitlines()
         assert lines[2].startswith("body")
-        assert "0.0001 of its highest" in lines[2]
+        assert lines[2].endswith(status.message)
         assert lines[3].endswith("ok")
-        assert (lines[2].endswith("ok")) == (status == Kept.UPDATED)
-        assert "All rates sank together" in text
-        assert "stepped in once" in text
-        assert "factor was 0.5" in text
-    one_sank = rates | {"head": jnp.float32(1e-2)}
-    assert "together" not in hd.explain(state._replace(group_learning_rates=one_sank))
+        assert "stepped in once" in lines[0]
+        assert any("0.25 of their rates" in line for line in lines)
+        assert "Nothing stands out." not in lines
+
+
+def test_explain_does_not_say_that_nothing_stands_out_after_numbers_that_are_not_finite():
+    state = _trained(hd.hidlr(loss_fn, LABELS), value_of=lambda value, other: value * jnp.nan)
+    assert "not finite" in hd.explain(state)
+    assert "Nothing stands out" not in hd.explain(state)
 
 
 def test_explain_names_a_schedule_that_is_no_factor():
@@ -445,21 +397,20 @@ def test_explain_names_a_schedule_that_is_no_factor():
             rule = hd.hidlr(loss_fn, LABELS, schedule=_falling(peak))
         text = hd.explain(_trained(rule, steps=30))
         assert ("no learning rate" in text) == named
-        assert "unscheduled learning rate" in text
+        assert "at the last step" in text
 
 
 def test_explain_does_not_take_the_end_of_a_schedule_for_a_low_one():
-    for rule in RULES.values():
-        state = _trained(rule(loss_fn, LABELS, schedule=_falling(1.0)))
-        assert "no learning rate" not in hd.explain(state)
+    state = _trained(hd.hidlr(loss_fn, LABELS, schedule=_falling(1.0)))
+    assert "no learning rate" not in hd.explain(state)
 
 
-def test_explain_asks_for_the_rate_of_the_base_optimizer_where_rates_are_huge():
+def test_a_base_optimizer_with_a_rate_of_its_own_trains_alike():
     small = promoting("standard", optax.adamw(1e-4))
-    assert "was the base optimizer given a learning rate" in hd.explain(
-        _trained(hd.hidlr(loss_fn, LABELS), small)
+    plain, scaled = (
+        _rates(_trained(hd.hidlr(loss_fn, LABELS), base)) for base in (_adamw(), small)
     )
-    assert "was the base" not in hd.explain(_trained(hd.hidlr(loss_fn, LABELS)))
+    np.testing.assert_allclose(scaled, 1e4 * np.array(plain), rtol=0.1)
 
 
 def test_explain_reads_the_state_of_an_nnx_optimizer():

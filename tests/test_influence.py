@@ -13,14 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import bare, enable_x64
+from support import enable_x64
 
 import hidlr_optax as hd
-from hidlr_optax._quadratic import Kept, Quadratic, marginal
+from hidlr_optax import Kept
+from hidlr_optax._quadratic import Quadratic, marginal
 from hidlr_optax.influence import GroupInfluence, Influence
 
 _LABELS = {"body": {"w": "body", "b": "bias"}, "head": "head"}
 _STEPS = 45
+_BARE = {"slope": None, "warmup": 0}
+_BARE |= {"solver": hd.paper.diagonal(), "curvature": hd.paper.probes(per_group=4)}
+
+
+def bare(loss_fn, labels, **kwargs):
+    return hd.paper.one_step(loss_fn, labels, **_BARE | kwargs)
 
 
 def _params():
@@ -46,17 +53,18 @@ def _loss(params, batch):
     return jnp.mean((hidden @ params["head"] - batch["y"]) ** 2)
 
 
-def _training(**kwargs):
-    """A chain, and a scan body that accumulates and hands out every state."""
-    tx = optax.chain(optax.sgd(1.0, momentum=0.5), hd.hidlr(_loss, _LABELS, **kwargs))
+def _training(rule=hd.hidlr, **kwargs):
+    """A chain, and a scan body that accumulates and hands out what there is to read."""
+    tx = optax.chain(optax.sgd(1.0, momentum=0.5), rule(_loss, _LABELS, **kwargs))
 
     def step(carry, batch):
         params, state, running = carry
         value, grad = jax.value_and_grad(_loss)(params, batch)
         updates, state = tx.update(grad, state, params, batch=batch, value=value, grad=grad)
         running = hd.influence.accumulate(running, state)
-        kept = hd.influence.find_state(state)._replace(direction=())
-        return (optax.apply_updates(params, updates), state, running), kept
+        kept = hd.report.find_state(state)
+        seen = kept.diagnostics, getattr(kept, "coupling", None), kept.count
+        return (optax.apply_updates(params, updates), state, running), seen
 
     params = _params()
     return step, (params, tx.init(params), hd.influence.start(_LABELS, params))
@@ -87,20 +95,20 @@ def naive_marginal(slope, curvature, coupling):
     return found
 
 
-def _naive(states):
+def _naive(states, coupling=None):
     """Per label: lists of totals and marginal shares, and the refreshes without a number."""
     names = sorted(states.slope)
     found = {name: {"total": [], "marginal": [], "negative": 0, "unresolved": 0} for name in names}
     before = 0
-    for step in range(len(states.count)):
+    for step in range(len(states.measured)):
         state = jax.tree.map(lambda leaf, at=step: np.asarray(leaf[at], float), states)
-        if state.refreshes == before:
+        if state.measured == before:
             continue
-        before = state.refreshes
+        before = state.measured
         shares = naive_marginal(
             [state.slope[name] for name in names],
             [state.curvature[name] for name in names],
-            state.coupling,
+            None if coupling is None else coupling[step],
         )
         for k, name in enumerate(names):
             seen = state.kept[name] in (Kept.UPDATED, Kept.NOT_CONVEX)
@@ -114,37 +122,34 @@ def _naive(states):
     return found
 
 
+_ONE_STEP = {"rule": hd.paper.one_step, "solver": hd.paper.coupled()}
+
+
 @pytest.mark.parametrize(
     "kwargs",
     [
         {},
-        {"solver": hd.coupled()},
-        {"curvature": hd.hessian()},
-        {"solver": hd.coupled(), "curvature": hd.hessian()},
-        {"slope": "probes", "update_interval": 3, "warmup": 0},
-        {
-            "solver": hd.coupled(),
-            "slope": "probes",
-            "update_interval": 3,
-            "warmup": 0,
-        },
+        _ONE_STEP,
+        _ONE_STEP | {"curvature": hd.paper.hessian()},
+        _ONE_STEP | {"slope": "probes", "update_interval": 3, "warmup": 0},
     ],
-    ids=["default", "coupled", "hessian", "coupled hessian", "probes", "coupled probes"],
+    ids=["default", "one step", "hessian", "probes"],
 )
 def test_accumulation_inside_a_scan_is_that_of_a_loop_over_all_states(kwargs):
     step, carry = _training(**kwargs)
-    (_, _, running), states = jax.jit(lambda c, b: jax.lax.scan(step, c, b))(carry, _batches())
-    found, expected = hd.influence.summarise(running), _naive(states)
-    refreshes = int(states.refreshes[-1])
-    assert 10 < refreshes < _STEPS
+    (_, _, running), seen = jax.jit(lambda c, b: jax.lax.scan(step, c, b))(carry, _batches())
+    states, coupling, count = seen
+    found, expected = hd.influence.summarise(running), _naive(states, coupling)
+    measured = int(states.measured[-1])
+    assert 10 < measured < _STEPS
     assert sorted(found.groups) == sorted(expected) == ["bias", "body", "head"]
-    assert found.steps == int(states.count[np.argmax(states.refreshes)])
+    assert found.steps == int(count[np.argmax(states.measured)])
     resolved = 0
     for name, lists in expected.items():
         group, total = found.groups[name], np.array(lists["total"])
-        assert group.refreshes == refreshes
+        assert group.refreshes == measured
         assert (group.negative, group.unresolved) == (lists["negative"], lists["unresolved"])
-        if 2 * len(total) < refreshes:
+        if 2 * len(total) < measured:
             assert group.total is group.per_parameter is group.marginal is None
             continue
         resolved += 1
@@ -163,8 +168,8 @@ def test_accumulation_inside_a_scan_is_that_of_a_loop_over_all_states(kwargs):
 
 
 def test_what_was_measured_is_the_average_where_averages_hold_one_refresh_only():
-    step, carry = _training(solver=hd.coupled(), ema_decay=0.0)
-    _, states = jax.lax.scan(step, carry, _batches(5))
+    step, carry = _training(**_ONE_STEP, ema_decay=0.0)
+    _, (states, *_) = jax.lax.scan(step, carry, _batches(5))
     for name in states.slope:
         assert np.all(states.measured_curvature[name] != 0)
         np.testing.assert_allclose(states.measured_slope[name], states.slope[name], rtol=1e-5)
@@ -177,11 +182,15 @@ def test_measured_curvature_is_zero_where_it_cannot_be_told_from_none():
     params = {"x": jnp.asarray(0.1)}
     tx = bare(lambda params, batch: 1.0 + 0.0777 * params["x"], "all")
     state = tx.init(params)
-    assert float(state.measured_slope["all"]) == float(state.measured_curvature["all"]) == 0
+    assert (
+        float(state.diagnostics.measured_slope["all"])
+        == float(state.diagnostics.measured_curvature["all"])
+        == 0
+    )
     _, state = tx.update({"x": -jnp.ones(())}, state, params)
-    assert float(state.measured_slope["all"]) == pytest.approx(0.0777, rel=1e-2)
-    assert float(state.curvature["all"]) != 0  # rounding
-    assert float(state.measured_curvature["all"]) == 0
+    assert float(state.diagnostics.measured_slope["all"]) == pytest.approx(0.0777, rel=1e-2)
+    assert float(state.diagnostics.curvature["all"]) != 0  # rounding
+    assert float(state.diagnostics.measured_curvature["all"]) == 0
 
 
 def test_a_refresh_that_is_not_finite_leaves_finite_measurements_and_no_number():
@@ -189,8 +198,12 @@ def test_a_refresh_that_is_not_finite_leaves_finite_measurements_and_no_number()
     params = {"x": jnp.ones(())}
     state, running = tx.init(params), hd.influence.start("all", params)
     _, state = tx.update({"x": -jnp.ones(())}, state, params, batch=jnp.asarray(jnp.nan))
-    assert int(state.kept["all"]) == Kept.NON_FINITE
-    assert float(state.measured_slope["all"]) == float(state.measured_curvature["all"]) == 0
+    assert int(state.diagnostics.kept["all"]) == Kept.NON_FINITE
+    assert (
+        float(state.diagnostics.measured_slope["all"])
+        == float(state.diagnostics.measured_curvature["all"])
+        == 0
+    )
     found = hd.influence.summarise(hd.influence.accumulate(running, state))
     assert found.groups["all"] == GroupInfluence(size=1, refreshes=1, unresolved=1)
 
@@ -302,12 +315,13 @@ def test_a_group_is_resolved_by_half_of_its_refreshes():
     state = tx.init(params)
 
     def seen(refresh, curvature):
-        return state._replace(
-            refreshes=jnp.array(refresh, jnp.int32),
+        diagnostics = state.diagnostics._replace(
+            measured=jnp.array(refresh, jnp.int32),
             measured_slope={"all": jnp.array(2.0)},
             measured_curvature={"all": jnp.array(curvature)},
             kept={"all": jnp.array(Kept.UPDATED, jnp.int32)},
         )
+        return state._replace(diagnostics=diagnostics)
 
     statuses = []
     for refresh, curvature in enumerate([-1.0, 2.0, 0.0, 0.0, 4.0, 1.0], 1):
@@ -326,11 +340,12 @@ def test_a_quotient_that_overflows_is_no_number_and_spoils_no_error():
     params = {"x": jnp.ones(())}
     state, running = bare(None, "all").init(params), hd.influence.start("all", params)
     for refresh, slope in enumerate([1.0, 3.0, 1e30], 1):
-        state = state._replace(
-            refreshes=jnp.array(refresh, jnp.int32),
+        diagnostics = state.diagnostics._replace(
+            measured=jnp.array(refresh, jnp.int32),
             measured_slope={"all": jnp.array(slope)},
             measured_curvature={"all": jnp.array(1.0)},
         )
+        state = state._replace(diagnostics=diagnostics)
         running = hd.influence.accumulate(running, state)
     group = hd.influence.summarise(running).groups["all"]
     assert (group.unresolved, group.total, group.total_error) == (1, 5.0, 4.0)
@@ -361,8 +376,8 @@ def test_errors_say_what_to_do():
 
 def _measured_once(loss_fn, params, labels, joint, **kwargs):
     """The state after one refresh along the coming step, and the report of it."""
-    settings = {"init_learning_rate": {"a": 0.1, "b": 0.3, "c": 0.2}, "slope": "gradient"}
-    tx = hd.hidlr(loss_fn, labels, **settings | kwargs)
+    settings = {"init_learning_rate": {"a": 0.1, "b": 0.3, "c": 0.2}} | kwargs
+    tx = settings.pop("rule", hd.hidlr)(loss_fn, labels, **settings)
     grad = jax.grad(loss_fn)(params, None)
     direction = jax.tree.map(jnp.negative, grad)
     _, state = jax.jit(tx.update)(direction, tx.init(params), params, grad=grad)
@@ -372,7 +387,7 @@ def _measured_once(loss_fn, params, labels, joint, **kwargs):
 
 @pytest.mark.parametrize(
     "kwargs",
-    [{"warmup": 1}, {"solver": hd.coupled(), "curvature": hd.hessian()}],
+    [{}, _ONE_STEP | {"curvature": hd.paper.hessian(), "slope": "gradient"}],
     ids=["rows", "coupling"],
 )
 def test_a_set_is_measured_as_one_group_that_moves_by_its_steps(kwargs):
@@ -387,6 +402,7 @@ def test_a_set_is_measured_as_one_group_that_moves_by_its_steps(kwargs):
     params = {name: jnp.full(2, 0.5 + n) for n, name in enumerate("abc")}
     labels, joint = {name: name for name in "abc"}, {"pair": ("a", "c")}
     u, state, found = _measured_once(loss_fn, params, labels, joint, **kwargs)
+    # Rows are measured along the rates that were asked for, the first look being ahead.
     rates = {name: float(rate) for name, rate in state.group_learning_rates.items()}
     steps = {name: rates[name] * np.asarray(u[name], float) for name in "abc"}
     zero = dict.fromkeys("abc", np.zeros(2))
@@ -417,7 +433,7 @@ def test_a_pair_is_seen_where_one_of_it_has_no_slope_alone():
         "c": jax.random.normal(keys[1], (4,)),
     }
     labels = {name: name for name in "abc"}
-    *_, found = _measured_once(loss_fn, params, labels, {"lora": ("a", "b")}, warmup=1)
+    *_, found = _measured_once(loss_fn, params, labels, {"lora": ("a", "b")})
     assert found.groups["a"].total is None
     assert found.joint["lora"].total > 0
     assert found.joint["lora"].per_parameter == found.joint["lora"].total / 16
@@ -435,18 +451,13 @@ def test_a_set_is_counted_refresh_by_refresh_as_its_groups_are():
     for n in range(_STEPS):
         carry, _ = step(carry, jax.tree.map(lambda leaf, n=n: leaf[n], _batches()))
         before, running = int(running.refreshes), hd.influence.accumulate(running, carry[1])
-        found = hd.influence.find_state(carry[1])
-        if int(found.refreshes) == before:
+        rates = hd.report.find_state(carry[1]).group_learning_rates
+        found = hd.report.find_state(carry[1]).diagnostics
+        if int(found.measured) == before:
             continue
         for name, members in joint.items():
-            gain = sum(
-                float(found.group_learning_rates[k]) * float(found.measured_slope[k])
-                for k in members
-            )
-            cost = sum(
-                float(found.group_learning_rates[k]) ** 2 * float(found.measured_curvature[k])
-                for k in members
-            )
+            gain = sum(float(rates[k]) * float(found.measured_slope[k]) for k in members)
+            cost = sum(float(rates[k]) ** 2 * float(found.measured_curvature[k]) for k in members)
             known = {int(found.kept[k]) for k in members} <= {Kept.UPDATED, Kept.NO_SLOPE}
             if known and gain != 0 and cost > 0:
                 totals[name].append(gain**2 / cost)

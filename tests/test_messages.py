@@ -110,17 +110,19 @@ def test_a_conjugated_gradient_is_found_out():
     matrix, right = draw(64, 8), draw(64)
 
     def loss(params, batch):
-        return jnp.mean(jnp.abs(matrix @ params["z"] - right) ** 2)
+        z = jnp.concatenate([params["first"], params["second"]])
+        return jnp.mean(jnp.abs(matrix @ z - right) ** 2)
 
-    params = {"z": draw(8)}
-    tx = optax.chain(optax.sgd(1.0), hd.hiulr(loss))
+    params = {"first": draw(4), "second": draw(4)}
+    labels = {"first": "first", "second": "second"}
+    tx = optax.chain(optax.sgd(1.0), hd.hidlr(loss, labels))
     value, grad = jax.value_and_grad(loss)(params, None)
     down = jax.tree.map(jnp.conj, grad)
-    for given, expected in ((grad, 0), (down, 1)):
+    for given, expected in ((grad, 0), (down, hd.Slip.GRADIENT)):
         _, state = jax.jit(tx.update)(
             down, tx.init(params), params, batch=0, value=value, grad=given
         )
-        assert int(hd.metrics(state)["gradient_mismatches"]) == expected
+        assert int(hd.metrics(state)["slips"]) == expected
 
 
 def test_multi_steps_without_hidlr_in_it_is_an_error():
@@ -129,7 +131,7 @@ def test_multi_steps_without_hidlr_in_it_is_an_error():
         tx.init(jnp.ones(2))
 
 
-# 12. Parameters of bfloat16 where float32 does not fit; probes one at a time; keys as arguments.
+# 12. Parameters of bfloat16 where float32 does not fit; keys as arguments.
 
 
 def _scan_loss(params, batch):
@@ -174,24 +176,7 @@ def test_bfloat16_parameters_train_where_wider_ones_do_not_fit(loss_fn, shapes, 
         params, state, loss = step(params, state)
         losses.append(float(loss))
     assert losses[-1] < 0.7 * losses[0]
-    found = hd.metrics(state)
-    assert int(found["value_mismatches"]) == int(found["gradient_mismatches"]) == 0
-
-
-@pytest.mark.parametrize("curvature", [hd.probes(batch_size=1), hd.probes("gaussian", 3, 1)])
-def test_one_probe_at_a_time_needs_no_batching_rule(curvature):
-    def on_host(x):
-        assert np.shape(x) == (3,)
-        return np.asarray(np.sum(np.sin(x)), np.float32)
-
-    def loss(params, batch):
-        shape = jax.ShapeDtypeStruct((), jnp.float32)
-        return jax.pure_callback(on_host, shape, params, vmap_method=None)
-
-    tx = hd.hiulr(loss, curvature=curvature, slope="probes", solver=hd.coupled())
-    params = jnp.ones(3)
-    _, state = jax.jit(tx.update)(-params, tx.init(params), params, batch=0)
-    assert int(hd.metrics(state)["refreshes"]) == 1
+    assert int(hd.metrics(state)["slips"]) == 0
 
 
 class _Dropped(nnx.Module):
@@ -234,4 +219,4 @@ def test_a_model_with_keys_beside_the_batch_trains(as_keyword):
     losses = [float(step(model, optimizer, rngs)) for _ in range(40)]
     assert np.mean(losses[-10:]) < 0.9 * losses[0]
     assert int(rngs.default.count[...]) == 40
-    assert int(hd.metrics(optimizer.opt_state)["value_mismatches"]) == 0
+    assert int(hd.metrics(optimizer.opt_state)["slips"]) == 0

@@ -80,8 +80,7 @@ def _assert_trains(values, state, factor=1.2):
 def test_half_arithmetic_of_float32_parameters_with_a_float32_loss(dtype):
     values, state = _trained(functools.partial(loss_in, dtype))
     _assert_trains(values, state)
-    found = hd.metrics(state)
-    assert int(found["value_mismatches"]) == int(found["gradient_mismatches"]) == 0
+    assert int(hd.metrics(state)["slips"]) == 0
 
 
 def test_a_scaled_loss_of_float16_whose_gradient_is_unscaled():
@@ -89,15 +88,14 @@ def test_a_scaled_loss_of_float16_whose_gradient_is_unscaled():
     # loss itself, and its own gradient.
     values, state = _trained(functools.partial(loss_in, jnp.float16), scale=2.0**10)
     _assert_trains(values, state)
-    assert int(hd.metrics(state)["gradient_mismatches"]) == 0
+    assert int(hd.metrics(state)["slips"]) == 0
 
 
 def test_a_scaled_gradient_is_named_and_its_slopes_are_mended():
     loss = functools.partial(loss_in, jnp.bfloat16)
     values, state = _trained(loss, scale=2.0**10, unscale=False)
     _assert_trains(values, state)
-    assert int(hd.metrics(state)["gradient_mismatches"]) > 0
-    np.testing.assert_allclose(state[-1].gradient_factor, 2.0**-10, rtol=0.2)
+    assert int(hd.metrics(state)["slips"]) == hd.Slip.GRADIENT
 
 
 def test_master_copies_in_float32_of_bfloat16_parameters():
@@ -119,7 +117,7 @@ def test_master_copies_in_float32_of_bfloat16_parameters():
         master, state, value = step(master, state, batch)
         values.append(float(value))
     _assert_trains(np.array(values), state)
-    assert int(hd.metrics(state)["value_mismatches"]) == 0
+    assert int(hd.metrics(state)["slips"]) == 0
 
 
 def test_bfloat16_parameters_alone_are_worse_but_train():
@@ -127,27 +125,6 @@ def test_bfloat16_parameters_alone_are_worse_but_train():
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), _params())
     values, state = _trained(functools.partial(loss_in, jnp.bfloat16), params)
     _assert_trains(values, state, factor=2.5)
-
-
-def _rounded(dtype, params, batch):
-    """How far the loss with activations in `dtype` is off, as a part of itself: NumPy's float64."""
-    x, y = (np.asarray(part, np.float64) for part in batch)
-    exact = np.mean((np.tanh(x @ np.asarray(params["body"], np.float64)) @ params["head"] - y) ** 2)
-    return abs(float(loss_in(dtype, params, batch)) - exact) / exact
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_noise_of_the_loss_is_measured_and_not_taken_from_its_dtype(dtype):
-    _, state = _trained(functools.partial(loss_in, dtype))
-    noise = float(hd.metrics(state)["loss_noise"])
-    keys = jax.random.split(jax.random.key(2), 20)
-    moved = [
-        optax.tree.add_scale(_params(), 1e-3, optax.tree.random_like(key, _params()))
-        for key in keys
-    ]
-    usual = np.mean([_rounded(dtype, params, _batches()[0]) for params in moved])
-    assert usual / 10 < noise < 10 * usual
-    assert ("rounded to" in hd.explain(state)) == (dtype == jnp.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -168,7 +145,7 @@ def test_steps_below_the_noise_are_unresolved_and_keep_the_rates(dtype):
     seen = []
     for _ in range(60):
         params, state = step(params, state)
-        kept = hd.Kept(int(optax.tree.get(state, "kept")["all"]))
+        kept = hd.Kept(int(hd.metrics(state)["kept/all"]))
         seen.append((kept, float(optax.tree.get(state, "group_learning_rates")["all"])))
     late = seen[45:]
     if dtype == jnp.bfloat16:
@@ -196,6 +173,5 @@ def test_a_value_that_rounding_alone_sets_apart_is_no_mismatch():
         after = params, state
         for batch in _batches()[:5]:
             after = step(*after, batch, noise)
-        counts.append(int(hd.metrics(after[1])["value_mismatches"]))
-    assert counts[0] == 0
-    assert counts[1] >= 3
+        counts.append(int(hd.metrics(after[1])["slips"]))
+    assert counts == [0, hd.Slip.VALUE]
