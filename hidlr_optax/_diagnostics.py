@@ -28,6 +28,7 @@ class Kept(enum.IntEnum):
     NO_SLOPE = 4, "no slope at the last refresh: frozen, unused or masked?"
     OTHER_GROUP = 5, "kept because of another group's numbers"
     ASCENDS = 6, "goes uphill: see below"
+    DISTRUSTED = 7, "not measured: see below"
 
     def __new__(cls, code: int, message: str) -> "Kept":
         """A number with a message."""

@@ -11,7 +11,7 @@ from hidlr_optax._rule.measure import TINY
 from hidlr_optax._rule.rate import FALL
 
 JUMP = 0.3  # of the loss: a rise by more is harm, and calls for a look at once
-ALARM = 0.3
+ALARM = 4.0  # times the usual distance from the running loss, of one that calls for a look
 USUAL = 10.0  # times what steps promise on average, that a step may promise
 RECOVER = 2 ** (1 / 70)  # a halved factor is whole again after 70 updates
 
@@ -21,9 +21,15 @@ def harms(won: jax.Array, size: jax.Array) -> jax.Array:
     return won < -JUMP * size
 
 
-def jumped(value: jax.Array, usual: jax.Array) -> jax.Array:
-    """Whether the loss calls for a look at once. One that finds no harm changes nothing."""
-    return value - usual > ALARM * jnp.abs(usual)
+def jumped(value: jax.Array, usual: jax.Array, spread: jax.Array) -> jax.Array:
+    """Whether the loss calls for a look at once. One that finds no harm changes nothing.
+
+    Args:
+      value: the loss.
+      usual: the running loss.
+      spread: how far losses lie from it on average.
+    """
+    return value - usual > jnp.maximum(JUMP * jnp.abs(usual), ALARM * spread)
 
 
 def recovered(factor: jax.Array, harmed: jax.Array) -> jax.Array:

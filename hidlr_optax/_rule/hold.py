@@ -10,7 +10,9 @@ import jax.numpy as jnp
 
 from hidlr_optax._diagnostics import Diagnostics, Kept
 from hidlr_optax._rule import guard, rate, record, shape
-from hidlr_optax._rule.measure import TINY, Call, Look, joint, look
+from hidlr_optax._rule.measure import TINY, Call, Look, Products, look
+
+MOST = 2.0  # the logarithm by which one look moves a proportion at most
 
 
 class Memory(NamedTuple):
@@ -21,6 +23,7 @@ class Memory(NamedTuple):
       guard: the factor of the guard.
       peak: the largest factor of the schedule so far.
       loss: the running loss.
+      spread: how far losses lie from it on average.
       promised: what steps promise to win by their slope, on average.
       position: ⟨w, u⟩ at the last refresh.
       mean: averages over looks.
@@ -31,6 +34,7 @@ class Memory(NamedTuple):
     guard: Any
     peak: Any
     loss: Any
+    spread: Any
     promised: Any
     position: Any
     mean: rate.Averages
@@ -93,30 +97,42 @@ def update(state: State, call: Call, clock: Clock, asked: jax.Array) -> tuple[St
     slope, harmed = call.slope(), jnp.zeros((), bool)
     state, jumped = _watched(state, call, clock)
     if clock.due is not None:
-        missed = jnp.all(state.diagnostics.kept == Kept.UNRESOLVED)
-        finding = state.memory.looks < clock.warmup
-        due = clock.due | jumped | jnp.where(missed, clock.retry, finding)
+        # Only a look at the very next update can tell how far the parameters have moved.
+        waiting = state._replace(memory=state.memory._replace(position=jnp.zeros((), jnp.float32)))
 
         def refreshed() -> tuple[State, jax.Array]:
             return refresh(state, call.valued(), slope, clock, asked, jumped)
 
-        # Only a look at the very next update can tell how far the parameters have moved.
-        waiting = state._replace(memory=state.memory._replace(position=jnp.zeros((), jnp.float32)))
-        state, harmed = record.where_due(due & clock.allowed, refreshed, (waiting, harmed))
+        due = (clock.due | _is_awaited(state, clock) | jumped) & clock.allowed
+        state, harmed = record.where_due(due, refreshed, (waiting, harmed))
     return _guarded(state, call, slope, clock, harmed), harmed
 
 
+def _is_awaited(state: State, clock: Clock) -> jax.Array:
+    """Whether a look is wanted before it is due: to find the rates, or since the last was missed.
+
+    A rate that has not come near its goal in twice the warm-up is looked for at due updates alone.
+    """
+    kept = state.diagnostics.kept
+    missed = jnp.all((kept == Kept.UNRESOLVED) | (kept == Kept.DISTRUSTED))
+    finds = (state.memory.looks < clock.warmup) & (clock.count <= 2 * clock.warmup)
+    return jnp.where(missed, clock.retry, finds)
+
+
 def _watched(state: State, call: Call, clock: Clock) -> tuple[State, jax.Array]:
-    """The state with the running loss, where the loss is known; and whether it has jumped."""
+    """The state with the running loss, where the loss is known; and whether that has jumped."""
     peak = jnp.maximum(state.memory.peak, jnp.abs(clock.factor))
     memory = state.memory._replace(peak=peak)
     if call.value is None:
         return state._replace(memory=memory), jnp.zeros((), bool)
-    value = call.value.astype(jnp.float32)
-    jumped = guard.jumped(value, memory.loss) & (clock.count > 0)
+    value, is_first = call.value.astype(jnp.float32), clock.count == 0
+    jumped = guard.jumped(value, memory.loss, memory.spread) & ~is_first
     loss = rate.average(memory.loss, value, clock.count, rate.HOLD)
-    loss = jnp.where(jnp.isfinite(value), loss, memory.loss)
-    return state._replace(memory=memory._replace(loss=loss)), jumped
+    away = jnp.where(is_first, 0, jnp.abs(value - memory.loss))
+    watched = memory._replace(
+        loss=loss, spread=rate.average(memory.spread, away, clock.count, rate.HOLD)
+    )
+    return state._replace(memory=_where(jnp.isfinite(value), watched, memory)), jumped
 
 
 def _size(memory: Memory, call: Call) -> jax.Array:
@@ -147,13 +163,18 @@ class Now(NamedTuple):
     """What a refresh knows of its place in the run.
 
     Attributes:
+      is_first: whether it is at the first update.
       finding: whether the rates are still to be found.
-      begins: whether no look has been resolved yet.
+      begins: whether no look has measured anything yet.
       held: looks since the rates were found.
       size: the loss by which changes are judged.
+      level: the joint rate of a step at the schedule's peak.
       apart: whether this look is at the groups apart.
       log_shape: the logarithms of the proportions, (K,).
+      log_joint: that of the joint rate.
       slope: S, (K,).
+      asked: the logarithms of the proportions that were asked for, (K,).
+      factor: of the schedule.
     """
 
     is_first: jax.Array
@@ -161,73 +182,73 @@ class Now(NamedTuple):
     begins: jax.Array
     held: jax.Array
     size: jax.Array
+    level: jax.Array
     apart: jax.Array
     log_shape: jax.Array
+    log_joint: jax.Array
     slope: jax.Array
+    asked: jax.Array
+    factor: jax.Array
 
-
-def _now(
-    state: State, call: Call, slope: jax.Array, clock: Clock, asked: jax.Array, jumped: jax.Array
-) -> Now:
-    looks, is_first = state.memory.looks, clock.count == 0
-    finding, held = looks < clock.warmup, jnp.maximum(looks - clock.warmup, 0)
-    log_rates = jnp.log(jnp.maximum(state.rates, TINY))
-    return Now(
-        is_first=is_first,
-        finding=finding,
-        begins=finding & (looks == 0),
-        held=held,
-        size=_size(state.memory, call),
-        # Every second look, once the rates are found.
-        apart=jnp.bool_(len(slope) > 1) & (held % 2 == 1) & ~jumped,
-        log_shape=jnp.where(jnp.all(state.rates > 0), log_rates - jnp.mean(log_rates), asked),
-        slope=slope,
-    )
+    @staticmethod
+    def of(
+        state: State,
+        call: Call,
+        slope: jax.Array,
+        clock: Clock,
+        asked: jax.Array,
+        jumped: jax.Array,
+    ) -> "Now":
+        """The place of this call."""
+        memory, factor = state.memory, jnp.abs(clock.factor)
+        finding, held = memory.looks < clock.warmup, jnp.maximum(memory.looks - clock.warmup, 0)
+        log_rates = jnp.log(jnp.maximum(state.rates, TINY))
+        log_joint = jnp.mean(log_rates)
+        relative = factor / jnp.where(memory.peak > 0, memory.peak, 1)
+        return Now(
+            is_first=clock.count == 0,
+            finding=finding,
+            begins=finding & (memory.looks == 0),
+            held=held,
+            size=_size(memory, call),
+            level=jnp.exp(log_joint) * memory.guard * relative,
+            # Every second look, once the rates are found.
+            apart=jnp.bool_(len(slope) > 1) & (held % 2 == 1) & ~jumped,
+            log_shape=jnp.where(jnp.all(state.rates > 0), log_rates - log_joint, asked),
+            log_joint=log_joint,
+            slope=slope,
+            asked=asked,
+            factor=factor,
+        )
 
 
 def refresh(
     state: State, call: Call, slope: jax.Array, clock: Clock, asked: jax.Array, jumped: jax.Array
 ) -> tuple[State, jax.Array]:
     """The state with the rates moved, and whether the last step did harm."""
-    now, memory, products = (
-        _now(state, call, slope, clock, asked, jumped),
-        state.memory,
-        call.products(),
-    )
-    value = call.value.astype(jnp.float32)
-    begun = now.log_shape + rate.first(value, slope, now.log_shape, products)
+    now, memory = Now.of(state, call, slope, clock, asked, jumped), state.memory
+    products = call.products()
     signs = jnp.where(now.apart, _signs(len(slope), now.held), 1.0)
-    rates = jnp.where(now.is_first, jnp.exp(begun), signs * state.applied)
-    seen = look(call, products, rates, now.is_first, record.distrusts(state.diagnostics))
-    peak = jnp.where(memory.peak > 0, memory.peak, 1)
-    level = joint(state.rates) * memory.guard * jnp.abs(clock.factor) / peak
-    resolved = seen.is_resolved(call.value, level)
-    along = resolved & ~now.is_first & ~now.apart
-    log_memory = jnp.where(now.finding, rate.FIND, rate.HOLD)
-    kinds = [
-        rate.average(old, new, memory.looks, log_memory)
-        for old, new in zip(memory.mean[2:], rate.kind(products), strict=True)
-    ]
-
-    by_group = shape.include(memory.by_group, slope, seen.rows, seen.unit, memory.looks)
-    moved = _moved(by_group, now, asked, kinds[0], resolved)
-    mean, change = _changed(memory, seen, by_group, moved, now, kinds, level, clock, along)
-    follows = record.follows(call, products, state.applied, memory.position)
-    position = jnp.sum(products.wu)
+    seen = look(call, products, signs * state.applied, now.is_first)
+    resolved = seen.is_resolved(call.value, now.level) & ~record.distrusts(state.diagnostics)
+    along = resolved & ~now.apart
+    mean = _of_kind(memory, products, now)
+    by_group, moved, effect = _moved(memory, seen, mean, now, resolved)
+    mean, change, met = _changed(memory, seen, mean, by_group, effect, now)
     harmed = along & guard.harms(seen.won, now.size)
-    change += jnp.where(harmed & now.finding, jnp.log(rate.FALL), 0)
-    log_joint = jnp.mean(jnp.log(jnp.maximum(state.rates, TINY)))
-    started = rate.first(value, slope, now.log_shape + moved, products)
-    log_joint = jnp.where(now.begins, started, log_joint)
+    change = jnp.where(along, change, 0) + jnp.where(harmed & now.finding, jnp.log(rate.FALL), 0)
+    log_joint = jnp.where(now.begins, _first(call, products, now, moved), now.log_joint)
     found = jnp.exp(now.log_shape + moved + log_joint + change)
-    sound = jnp.all(jnp.isfinite(found) & (found > 0)) & jnp.isfinite(value)
+    sound = jnp.all(jnp.isfinite(found) & (found > 0)) & jnp.isfinite(call.value)
+    position = jnp.sum(products.wu)
+    # A rate that is far from its goal is not found, however many looks there were.
+    counts = resolved & (met | (memory.looks != clock.warmup - 1))
     memory = memory._replace(
-        looks=memory.looks + (resolved & ~now.is_first),
-        mean=mean,
+        looks=memory.looks + counts,
+        mean=_where(along, mean, memory.mean.scaled(*effect)),
         by_group=_where(resolved, by_group, memory.by_group),
         position=jnp.where(jnp.isfinite(position), position, 0),
     )
-    state = state._replace(rates=jnp.where(sound, found, state.rates), memory=memory)
     diagnostics = record.recorded(
         state.diagnostics,
         call,
@@ -237,52 +258,66 @@ def refresh(
         is_along=~now.apart,
         alone=now.apart | (len(slope) == 1),
         harmed=harmed,
-        follows=follows,
+        follows=record.follows(call, products, state.applied, state.memory.position),
     )
-    return state._replace(diagnostics=diagnostics), harmed
+    rates = jnp.where(sound, found, state.rates)
+    return state._replace(rates=rates, memory=memory, diagnostics=diagnostics), harmed
+
+
+def _first(call: Call, products: Products, now: Now, moved: jax.Array) -> jax.Array:
+    """The logarithm of the joint rate to begin with, in the proportions that were found."""
+    return rate.first(call.value.astype(jnp.float32), now.slope, now.log_shape + moved, products)
+
+
+def _of_kind(memory: Memory, products: Products, now: Now) -> rate.Averages:
+    """The averages with what kind of direction this is."""
+    kinds = zip(memory.mean[2:], rate.kind(products), strict=True)
+    memory_of = jnp.where(now.finding, rate.FIND, rate.HOLD)
+    averaged = [rate.average(old, new, memory.looks, memory_of) for old, new in kinds]
+    return rate.Averages(*memory.mean[:2], *averaged)
 
 
 def _moved(
-    mean: shape.Groupwise, now: Now, asked: jax.Array, normalised: jax.Array, resolved: jax.Array
-) -> jax.Array:
-    """The logarithms of what the proportions are multiplied by, (K,)."""
-    if len(asked) == 1:
-        return jnp.zeros_like(asked)
+    memory: Memory, seen: Look, mean: rate.Averages, now: Now, resolved: jax.Array
+) -> tuple[shape.Groupwise, jax.Array, tuple[Any, Any]]:
+    """The averages of the groups, the logarithms of what moves their proportions, its effect."""
+    unit = jnp.maximum(seen.unit, TINY)
+    by_group = shape.include(memory.by_group, now.slope, seen.rows, unit, memory.looks)
+    if len(now.slope) == 1:
+        return by_group, jnp.zeros_like(now.slope), (1.0, 1.0)
     weight = jnp.where(now.finding, 1.0, 1 / (1 + now.held / rate.PATIENCE))
-    most = jnp.where(now.is_first, jnp.finfo(jnp.float32).max, 1.0)
-    moved = shape.change(mean, now.log_shape, asked, normalised, weight, most)
-    return jnp.where(resolved & jnp.all(jnp.isfinite(moved)), moved, 0)
+    most = jnp.where(now.begins, jnp.finfo(jnp.float32).max, MOST)
+    moved = shape.change(by_group, now.log_shape, now.asked, mean.normalised, weight, most)
+    moved = jnp.where(resolved & jnp.all(jnp.isfinite(moved)), moved, 0)
+    return by_group, moved, shape.effect(by_group, now.log_shape, moved)
 
 
 def _changed(
     memory: Memory,
     seen: Look,
+    mean: rate.Averages,
     by_group: shape.Groupwise,
-    moved: jax.Array,
+    effect: tuple[Any, Any],
     now: Now,
-    kinds: Any,
-    level: jax.Array,
-    clock: Clock,
-    along: jax.Array,
-) -> tuple[rate.Averages, jax.Array]:
-    """The averages with this look, and the logarithm of what the joint rate is multiplied by."""
+) -> tuple[rate.Averages, jax.Array, jax.Array]:
+    """The averages, the logarithm of what the joint rate is multiplied by, and whether q is near.
+
+    Looks count as they are while the rates are found, and relative to the loss of their time later.
+    One odd batch bounds nothing: the first three looks bound each other.
+    """
+    unit = jnp.where(now.finding, 1.0, jnp.maximum(now.size, TINY))
+    turns = (now.held == 0) & ~now.finding
+    mean = mean.scaled(*[jnp.where(turns, 1 / unit, 1.0)] * 2)
     proportions = jnp.exp(now.log_shape)
-    # Looks count as they are while the rates are found, relative to the loss of their time later.
-    unit, turns = jnp.where(now.finding, 1.0, now.size), memory.looks == clock.warmup
-    scale = jnp.where(turns, 1 / jnp.where(now.size > 0, now.size, 1), 1.0)
-    old = memory.mean.scaled(scale, scale)
-    usual, present = (jnp.abs(proportions @ s) / unit for s in (memory.by_group.slope, now.slope))
-    # One odd batch bounds nothing: the first three looks bound each other.
+    usual = jnp.abs(proportions @ memory.by_group.same_slope) / unit
+    present = jnp.abs(proportions @ now.slope) / unit
     bound = jnp.where(memory.looks < 3, jnp.maximum(usual, present), usual)
     memory_of = jnp.where(now.finding, rate.FIND, rate.HOLD)
-    mean = rate.include(old, seen, unit, bound, memory.looks, memory_of)
-    mean = _where(along, mean._replace(normalised=kinds[0], carried=kinds[1]), old)
-    more_slope, more_curve = shape.effect(by_group, now.log_shape, moved)
-    mean = mean.scaled(more_slope, more_curve)
-    newest = more_curve * seen.curvature / jnp.maximum(seen.unit, TINY) ** 2 / unit
-    same = more_slope * (proportions @ by_group.slope) / unit
-    change = rate.change(mean, newest, same, level, jnp.abs(clock.factor), now.finding, now.held)
-    return mean, jnp.where(along & (same > 0) & jnp.isfinite(change), change, 0)
+    mean = rate.include(mean, seen, unit, bound, memory.looks, memory_of).scaled(*effect)
+    newest = effect[1] * seen.curvature / jnp.maximum(seen.unit, TINY) ** 2 / unit
+    same = effect[0] * (proportions @ by_group.same_slope) / unit
+    change, met = rate.change(mean, newest, same, now.level, now.factor, now.finding, now.held)
+    return mean, jnp.where((same > 0) & jnp.isfinite(change), change, 0), met
 
 
 def _where(use: jax.Array, new: Any, old: Any) -> Any:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from hidlr_optax._groups import Groups
 
 ROUNDINGS = 16.0  # of the loss: a step that changes it by less has no curvature to be seen
-FITS = 1e-4  # of the loss: a `value` further from the loss at the parameters is another's
+FITS = 0.01  # of the loss: a `value` further from the loss at the parameters is another's
 TINY = 1e-30
 
 
@@ -94,16 +94,16 @@ class Look(NamedTuple):
       slope: E, at its end, loss per unit learning rate, (K,).
       rows: Aη, loss per unit learning rate, (K,).
       won: G, loss, ().
-      fits_value: whether `value` is the loss at w, (); compared at the first look.
-      fits_slope: whether the slopes by `grad` are those of the loss, () likewise, for K > 1.
+      wrong_value: whether `value` is not the loss at w, (); compared at the first look.
+      wrong_slope: whether slopes by `grad` are not those of the loss, () likewise, for K > 1.
     """
 
     rates: jax.Array
     slope: jax.Array
     rows: jax.Array
     won: jax.Array
-    fits_value: jax.Array
-    fits_slope: jax.Array
+    wrong_value: jax.Array
+    wrong_slope: jax.Array
 
     @property
     def curvature(self) -> jax.Array:
@@ -134,46 +134,27 @@ def joint(rates: jax.Array) -> jax.Array:
     return jnp.exp(jnp.mean(jnp.log(jnp.maximum(jnp.abs(rates), TINY))))
 
 
-def look(
-    call: Call, products: Products, rates: jax.Array, is_first: jax.Array, distrusts: jax.Array
-) -> Look:
+def look(call: Call, products: Products, rates: jax.Array, is_first: jax.Array) -> Look:
     """Looks back along the last step, at these rates.
 
-    At the first update there is no last step. The coming one takes its place, mirrored. There, and
-    where they are distrusted, loss and gradient are evaluated at the parameters, too: the same
-    program runs twice.
+    At the first update there is no last step. It looks at the parameters themselves, by rates of
+    zero: the loss there has to be `value`, and the slopes of the coming step those by `grad`.
     """
-    groups, alone = call.groups, len(call.groups) == 1
+    groups = call.groups
     along = jax.tree.map(
         lambda v, u: jnp.where(is_first, u, v.astype(u.dtype)), call.last, call.direction
     )
-    given = -jnp.where(is_first, products.ug, products.vg)
-    evaluate = jax.value_and_grad(call.loss)
-
-    def at(part: jax.Array) -> tuple[jax.Array, jax.Array]:
-        params = groups.step(call.params, along, -part * rates)
-        if alone:
-            return call.loss(params).astype(call.value.dtype), given
-        loss, grad = evaluate(params)
-        slope = -groups.inner(grad, along).astype(jnp.float32)
-        return loss.astype(call.value.dtype), slope
-
-    def once(carry: Any) -> Any:
-        n, *_, there = carry
-        return n + 1, there, at(n.astype(jnp.float32))
-
-    known = call.value, given
-    begin = jnp.where(is_first | distrusts, 0, 1), known, known
-    _, here, there = jax.lax.while_loop(lambda carry: carry[0] < 2, once, begin)
-    # Where nothing was evaluated here, `here` is what was given.
-    won, slope = (there[0] - here[0]).astype(jnp.float32), here[1]
-    chord = 2 * (won - slope @ rates) / jnp.where(rates == 0, 1, rates)
-    rows = chord if alone else there[1] - slope
-    return Look(
-        rates,
-        slope,
-        rows,
-        won,
-        fits_value=~(jnp.abs(here[0] - call.value) > FITS * jnp.abs(here[0])),
-        fits_slope=~(jnp.sum(jnp.abs(slope - given)) > jnp.sum(jnp.abs(slope)) / 2),
-    )
+    slope = -jnp.where(is_first, products.ug, products.vg)
+    start = groups.step(call.params, along, -rates)
+    if len(groups) == 1:
+        loss = call.loss(start)
+        won = (loss.astype(call.value.dtype) - call.value).astype(jnp.float32)
+        rows = 2 * (won - slope @ rates) / jnp.where(rates == 0, 1, rates)
+    else:
+        loss, grad = jax.value_and_grad(call.loss)(start)
+        won = (loss.astype(call.value.dtype) - call.value).astype(jnp.float32)
+        rows = -groups.inner(grad, along).astype(jnp.float32) - slope
+    size = jnp.maximum(jnp.abs(loss), jnp.abs(call.value)).astype(jnp.float32)
+    wrong_value = is_first & (jnp.abs(won) > FITS * size)
+    wrong_slope = is_first & (jnp.sum(jnp.abs(rows)) > jnp.sum(jnp.abs(slope)) / 2)
+    return Look(rates, slope, rows, won, wrong_value, wrong_slope)

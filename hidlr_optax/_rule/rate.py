@@ -26,6 +26,7 @@ GOAL, MOMENTUM_GOAL = 2.0, 1.3  # of q: in general; for normalised directions wi
 NOISE = 0.8  # the part of the latter that a slope that is all noise takes away
 HEED = 1.5  # times the goal: as much as one look alone may say while the rate is found
 TENTH = 0.1  # the least part of S that F is taken for; 1 − cosine of a normalised direction
+MET = 2.0  # q within a factor of its goal: the rate is found
 START = 0.03  # of the loss: what the first step wins by its slope
 
 
@@ -71,7 +72,8 @@ def kind(products: Products) -> tuple[jax.Array, jax.Array]:
     carried = jnp.clip((ahead - down * across) / (1 - across**2 + 1e-4), 0, 1)
     rest = jnp.sqrt(jnp.maximum(1 - 2 * carried * ahead + carried**2, 0) + 1e-6)
     straight = (carried * across - down) / rest
-    return jnp.clip((1 - straight) / TENTH, 0, 1), carried
+    # Half of the last direction is momentum in full.
+    return jnp.clip((1 - straight) / TENTH, 0, 1), jnp.minimum(2 * carried, 1)
 
 
 def first(
@@ -105,7 +107,7 @@ def include(
     """The averages with one look, whose numbers are bounded by what slopes have been.
 
     Args:
-      mean: the averages, but its last two, which hold this look already.
+      mean: the averages; of their last two, those with this look.
       seen: the look.
       size: the loss that it is relative to.
       bound: a slope that is usual, relative to that, per unit of the joint rate.
@@ -142,8 +144,8 @@ def change(
     factor: jax.Array,
     finding: jax.Array,
     held: jax.Array,
-) -> jax.Array:
-    """The logarithm of what the joint rate is multiplied by: ().
+) -> tuple[jax.Array, jax.Array]:
+    """The logarithm of what the joint rate is multiplied by, and whether q is near its goal: ().
 
     Args:
       mean: with the newest look in it.
@@ -162,4 +164,4 @@ def change(
     towards = jnp.log(wanted / jnp.maximum(ratio, TINY))
     rises = ~finding & (towards > 0)
     weight *= jnp.where(rises, 1 - mean.normalised * mean.carried, 1.0)
-    return weight * jnp.clip(towards, math.log(FALL), math.log(GROW))
+    return weight * jnp.clip(towards, math.log(FALL), math.log(GROW)), towards < math.log(MET)

@@ -17,7 +17,7 @@ CURVATURES = 0.9  # memory of the slopes and curvatures that a person reads
 
 
 def distrusts(diagnostics: Diagnostics[Any]) -> jax.Array:
-    """Whether loss and gradient at the parameters have to be evaluated: those given were wrong."""
+    """Whether `value` or `grad` were not those of the loss: then no look can be trusted."""
     return (diagnostics.slips & (Slip.VALUE | Slip.GRADIENT).value) != 0
 
 
@@ -59,13 +59,15 @@ def recorded(
     )
     ppi = influence_per_parameter(quadratic, jnp.asarray(call.groups.sizes, jnp.float32))
     has_influence = (quadratic.curvature > 0) & jnp.isfinite(ppi)
-    slips = Slip.VALUE * ~seen.fits_value + Slip.GRADIENT * ~seen.fits_slope + Slip.STEP * ~follows
+    slips = Slip.VALUE * seen.wrong_value + Slip.GRADIENT * seen.wrong_slope + Slip.STEP * ~follows
     return Diagnostics(
         refreshes=diagnostics.refreshes + 1,
         measured=diagnostics.measured + (resolved & alone),
         cuts=diagnostics.cuts + harmed,
         slips=diagnostics.slips | slips.astype(jnp.int32),
-        kept=_statuses(diagnostics.kept, products, seen, call.value, resolved),
+        kept=_statuses(
+            diagnostics.kept, products, seen, call.value, resolved, distrusts(diagnostics)
+        ),
         slope=quadratic.slope,
         curvature=quadratic.curvature,
         measured_slope=jnp.where(has_slope, slope, diagnostics.measured_slope),
@@ -75,12 +77,18 @@ def recorded(
 
 
 def _statuses(
-    before: jax.Array, products: Products, seen: Look, value: jax.Array, resolved: jax.Array
+    before: jax.Array,
+    products: Products,
+    seen: Look,
+    value: jax.Array,
+    resolved: jax.Array,
+    distrusted: jax.Array,
 ) -> jax.Array:
     """(K,) int32 of `Kept`; as before where no step had been taken that could be looked at."""
     finite = jnp.isfinite(seen.won) & jnp.all(jnp.isfinite(seen.rows)) & jnp.isfinite(value)
     status = jnp.where(jnp.sum(products.ug) >= 0, Kept.ASCENDS, Kept.UPDATED)
     status = jnp.where(resolved, status, Kept.UNRESOLVED)
+    status = jnp.where(distrusted, Kept.DISTRUSTED, status)
     statuses = jnp.where((products.ug == 0), Kept.NO_SLOPE, status)
     statuses = jnp.where(finite, statuses, Kept.NON_FINITE)
     return jnp.where(jnp.any(seen.rates != 0), statuses, before).astype(jnp.int32)

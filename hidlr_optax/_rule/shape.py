@@ -20,31 +20,32 @@ import jax.numpy as jnp
 
 from hidlr_optax._rule.rate import FIND, average
 
-PRIOR = 2.2  # logarithm of a proportion that is half believed: smaller ones are noise
+COUPLED = 4 / 3  # power of the costs: between that of groups alone, 1, and of coupled ones, 2
+PRIOR = 1.1  # logarithm of a proportion that is half believed: smaller ones are noise
 
 
 class Groupwise(NamedTuple):
     """Averages over looks, (K,) each.
 
     Attributes:
-      slope: S_k, loss per unit learning rate.
-      square: the square of (Aη)_k per unit of the joint rate.
+      same_slope: S_k, loss per unit learning rate.
+      row: the size of (Aη)_k per unit of the joint rate.
     """
 
-    slope: Any
-    square: Any
+    same_slope: Any
+    row: Any
 
 
 def include(
     mean: Groupwise, slope: jax.Array, rows: jax.Array, unit: jax.Array, count: jax.Array
 ) -> Groupwise:
     """The averages with one look."""
-    new = Groupwise(slope, (rows / unit) ** 2)
+    new = Groupwise(slope, jnp.abs(rows) / unit)
     return jax.tree.map(lambda old, x: average(old, x, count, FIND), mean, new)
 
 
 def believed(proportion: jax.Array) -> jax.Array:
-    """Large differences as they are, small ones hardly: T⁵ / (T⁴ + 2.2⁴)."""
+    """Large differences as they are, small ones hardly: T⁵ / (T⁴ + 1.1⁴)."""
     fourth = proportion**4
     return proportion * fourth / (fourth + PRIOR**4)
 
@@ -62,11 +63,11 @@ def target(
       asked: those that small differences fall back to, (K,).
       normalised: of the direction, from 0 to 1.
     """
-    gain, cost = mean.slope, jnp.sqrt(mean.square)
+    gain, cost = mean.same_slope, mean.row
     known = (gain > 0) & (cost > 0) & jnp.isfinite(gain) & jnp.isfinite(cost)
     gain, cost = (log_shape + jnp.log(jnp.where(known, x, 1)) for x in (gain, cost))
     sums = 1 - normalised
-    apart = log_shape + sums * gain - (1 + sums) / 2 * cost - asked
+    apart = log_shape + sums * gain - COUPLED * (1 + sums) / 2 * cost - asked
     middle = jnp.nanmedian(jnp.where(known, apart, jnp.nan))
     return asked + believed(jnp.where(known, apart - middle, 0)), known
 
@@ -105,4 +106,4 @@ def effect(mean: Groupwise, log_shape: jax.Array, moved: jax.Array) -> tuple[jax
         return jnp.where(usable, after / jnp.where(usable, before, 1), 1.0)
 
     shape = jnp.exp(log_shape)
-    return quotient(shape * mean.slope, 1), quotient(shape * jnp.sqrt(mean.square), 2)
+    return quotient(shape * mean.same_slope, 1), quotient(shape * mean.row, 2)

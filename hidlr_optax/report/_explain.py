@@ -17,13 +17,13 @@ _GUARDED = 0.7  # the factor of the guard below which it is worth a line
 
 _SLIPS = {
     Slip.VALUE: (
-        "`value` is not the loss at the parameters (another batch, dropout key or scale?): the "
-        "loss is evaluated at each refresh. Leave `value` out, or pass that of the same function."
+        "`value` is not the loss at the parameters (another batch, dropout key or scale?): nothing "
+        "can be measured, and the rates stay. Leave `value` out, or pass that of the same function."
     ),
     Slip.GRADIENT: (
         "`grad` is not the gradient of the loss (scaled, summed, clipped, of another batch or "
-        "dropout key, or with stop_gradient in the loss?): the slopes of the loss are measured at "
-        "each refresh. Pass the raw gradient of the same function."
+        "dropout key, conjugated?): nothing can be measured, and the rates stay. Pass the raw "
+        "gradient of the same function."
     ),
     Slip.STEP: (
         "The parameters did not move by the step that hidlr had returned: its sign or size was "
