@@ -41,13 +41,12 @@ class Kept(enum.IntEnum):
 class Slip(enum.IntFlag):
     """What a caller got wrong, found by numbers: flags, 0 where nothing was.
 
-    VALUE (1): `value` was not the loss at the parameters. GRADIENT (2): `grad` was not the gradient
-    of the loss. STEP (4): the parameters did not move by the step that was returned.
+    VALUE (1): `value` was not the loss at the parameters, at the first update. STEP (2): the
+    parameters did not move by the step that was returned.
     """
 
     VALUE = 1
-    GRADIENT = 2
-    STEP = 4
+    STEP = 2
 
 
 class Diagnostics(NamedTuple, Generic[PerGroup]):

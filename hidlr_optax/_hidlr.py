@@ -63,8 +63,9 @@ def hidlr(
     * `refresh`: a bool, False to leave the rates alone at this call. See `multi_steps`. Python's
       own `False`, or a static argument of the jitted step, leaves the refresh out of the program.
 
-    At the first update, `value` and for K > 1 `grad` are compared with the loss. Where they are not
-    its own, it is evaluated at each refresh, and `explain` says so. Other keywords are ignored.
+    At the first update, `value` is compared with the loss. Where it is another's, nothing can be
+    measured: the rates stay, and `explain` says so. `grad` is believed: `take_step` cannot be fed
+    wrongly. Other keywords are ignored.
 
     Jit the training step: un-jitted, every refresh compiles the loss again. Under `vmap`, both
     branches of the refresh are evaluated at every step. Under `pmap` or `shard_map`, `pmean` the

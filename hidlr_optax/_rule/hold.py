@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from hidlr_optax._diagnostics import Diagnostics, Kept
 from hidlr_optax._rule import guard, rate, record, shape
-from hidlr_optax._rule.measure import TINY, Call, Look, Products, look
+from hidlr_optax._rule.measure import TINY, Call, Look, Products, look, where_due
 
 MOST = 2.0  # the logarithm by which one look moves a proportion at most
 
@@ -104,7 +104,7 @@ def update(state: State, call: Call, clock: Clock, asked: jax.Array) -> tuple[St
             return refresh(state, call.valued(), slope, clock, asked, jumped)
 
         due = (clock.due | _is_awaited(state, clock) | jumped) & clock.allowed
-        state, harmed = record.where_due(due, refreshed, (waiting, harmed))
+        state, harmed = where_due(due, refreshed, (waiting, harmed))
     return _guarded(state, call, slope, clock, harmed), harmed
 
 
@@ -229,9 +229,11 @@ def refresh(
     now, memory = Now.of(state, call, slope, clock, asked, jumped), state.memory
     products = call.products()
     signs = jnp.where(now.apart, _signs(len(slope), now.held), 1.0)
-    seen = look(call, products, signs * state.applied, now.is_first)
+    begun = jnp.exp(now.log_shape + _first(call, products, now, jnp.zeros_like(slope)))
+    rates = jnp.where(now.is_first, begun, signs * state.applied)
+    seen = look(call, products, rates, now.is_first)
     resolved = seen.is_resolved(call.value, now.level) & ~record.distrusts(state.diagnostics)
-    along = resolved & ~now.apart
+    along = resolved & ~now.apart & ~now.is_first
     mean = _of_kind(memory, products, now)
     by_group, moved, effect = _moved(memory, seen, mean, now, resolved)
     mean, change, met = _changed(memory, seen, mean, by_group, effect, now)
@@ -242,7 +244,7 @@ def refresh(
     sound = jnp.all(jnp.isfinite(found) & (found > 0)) & jnp.isfinite(call.value)
     position = jnp.sum(products.wu)
     # A rate that is far from its goal is not found, however many looks there were.
-    counts = resolved & (met | (memory.looks != clock.warmup - 1))
+    counts = resolved & ~now.is_first & (met | (memory.looks != clock.warmup - 1))
     memory = memory._replace(
         looks=memory.looks + counts,
         mean=_where(along, mean, memory.mean.scaled(*effect)),
@@ -255,8 +257,8 @@ def refresh(
         products,
         seen,
         resolved,
-        is_along=~now.apart,
-        alone=now.apart | (len(slope) == 1),
+        is_along=~now.apart & ~now.is_first,
+        alone=now.apart | ((len(slope) == 1) & ~now.is_first),
         harmed=harmed,
         follows=record.follows(call, products, state.applied, state.memory.position),
     )
@@ -286,7 +288,7 @@ def _moved(
     if len(now.slope) == 1:
         return by_group, jnp.zeros_like(now.slope), (1.0, 1.0)
     weight = jnp.where(now.finding, 1.0, 1 / (1 + now.held / rate.PATIENCE))
-    most = jnp.where(now.begins, jnp.finfo(jnp.float32).max, MOST)
+    most = jnp.where(now.is_first, jnp.finfo(jnp.float32).max, MOST)
     moved = shape.change(by_group, now.log_shape, now.asked, mean.normalised, weight, most)
     moved = jnp.where(resolved & jnp.all(jnp.isfinite(moved)), moved, 0)
     return by_group, moved, shape.effect(by_group, now.log_shape, moved)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from hidlr_optax._groups import Groups
 
@@ -94,8 +95,7 @@ class Look(NamedTuple):
       slope: E, at its end, loss per unit learning rate, (K,).
       rows: Aη, loss per unit learning rate, (K,).
       won: G, loss, ().
-      wrong_value: whether `value` is not the loss at w, (); compared at the first look.
-      wrong_slope: whether slopes by `grad` are not those of the loss, () likewise, for K > 1.
+      wrong_value: whether `value` is not the loss at w, (); compared at the first update.
     """
 
     rates: jax.Array
@@ -103,7 +103,6 @@ class Look(NamedTuple):
     rows: jax.Array
     won: jax.Array
     wrong_value: jax.Array
-    wrong_slope: jax.Array
 
     @property
     def curvature(self) -> jax.Array:
@@ -137,24 +136,48 @@ def joint(rates: jax.Array) -> jax.Array:
 def look(call: Call, products: Products, rates: jax.Array, is_first: jax.Array) -> Look:
     """Looks back along the last step, at these rates.
 
-    At the first update there is no last step. It looks at the parameters themselves, by rates of
-    zero: the loss there has to be `value`, and the slopes of the coming step those by `grad`.
+    At the first update there is no last step. One group looks at the parameters themselves, several
+    look along the coming step, mirrored, so that their first step has proportions. `value` is
+    compared with the loss at the parameters.
     """
     groups = call.groups
     along = jax.tree.map(
         lambda v, u: jnp.where(is_first, u, v.astype(u.dtype)), call.last, call.direction
     )
     slope = -jnp.where(is_first, products.ug, products.vg)
-    start = groups.step(call.params, along, -rates)
+
+    def fall(loss: jax.Array) -> jax.Array:
+        return (loss.astype(call.value.dtype) - call.value).astype(jnp.float32)
+
     if len(groups) == 1:
-        loss = call.loss(start)
-        won = (loss.astype(call.value.dtype) - call.value).astype(jnp.float32)
+        rates = jnp.where(is_first, 0, rates)
+        here = won = fall(call.loss(groups.step(call.params, along, -rates)))
         rows = 2 * (won - slope @ rates) / jnp.where(rates == 0, 1, rates)
     else:
-        loss, grad = jax.value_and_grad(call.loss)(start)
-        won = (loss.astype(call.value.dtype) - call.value).astype(jnp.float32)
-        rows = -groups.inner(grad, along).astype(jnp.float32) - slope
-    size = jnp.maximum(jnp.abs(loss), jnp.abs(call.value)).astype(jnp.float32)
-    wrong_value = is_first & (jnp.abs(won) > FITS * size)
-    wrong_slope = is_first & (jnp.sum(jnp.abs(rows)) > jnp.sum(jnp.abs(slope)) / 2)
-    return Look(rates, slope, rows, won, wrong_value, wrong_slope)
+        loss, grad = jax.value_and_grad(call.loss)(groups.step(call.params, along, -rates))
+        won, rows = fall(loss), -groups.inner(grad, along).astype(jnp.float32) - slope
+        nowhere = jnp.zeros_like(slope)
+        here = where_due(
+            is_first,
+            lambda: fall(call.loss(groups.step(call.params, along, nowhere))),
+            jnp.zeros((), jnp.float32),
+        )
+    size = jnp.abs(call.value).astype(jnp.float32)
+    return Look(rates, slope, rows, won, wrong_value=is_first & (jnp.abs(here) > FITS * size))
+
+
+def where_due(due: jax.Array, found: Callable[[], Any], kept: Any) -> Any:
+    """What `found` returns where something is due, else what is kept.
+
+    Outside of jit, where `due` is known, nothing is compiled for the branch that is not taken.
+    """
+    if not isinstance(due, Tracer):
+        return found() if due else kept
+    try:
+        return jax.lax.cond(due, found, lambda: kept)
+    except TypeError as error:
+        error.add_note(
+            "If this is inside shard_map: the loss differs from device to device, and each would "
+            "come to its own learning rates. Use jax.lax.pmean on the loss, value and grad."
+        )
+        raise

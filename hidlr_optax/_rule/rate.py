@@ -26,7 +26,6 @@ GOAL, MOMENTUM_GOAL = 2.0, 1.3  # of q: in general; for normalised directions wi
 NOISE = 0.8  # the part of the latter that a slope that is all noise takes away
 HEED = 1.5  # times the goal: as much as one look alone may say while the rate is found
 TENTH = 0.1  # the least part of S that F is taken for; 1 − cosine of a normalised direction
-MET = 2.0  # q within a factor of its goal: the rate is found
 START = 0.03  # of the loss: what the first step wins by its slope
 
 
@@ -164,4 +163,4 @@ def change(
     towards = jnp.log(wanted / jnp.maximum(ratio, TINY))
     rises = ~finding & (towards > 0)
     weight *= jnp.where(rises, 1 - mean.normalised * mean.carried, 1.0)
-    return weight * jnp.clip(towards, math.log(FALL), math.log(GROW)), towards < math.log(MET)
+    return weight * jnp.clip(towards, math.log(FALL), math.log(GROW)), towards < -math.log(FALL)

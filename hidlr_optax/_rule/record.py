@@ -1,24 +1,20 @@
 """What a refresh leaves for a person: statuses, measurements, and slips of the caller."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from hidlr_optax._diagnostics import Diagnostics, Kept, Slip
 from hidlr_optax._groups import wide
 from hidlr_optax._quadratic import Quadratic, influence_per_parameter
 from hidlr_optax._rule.measure import Call, Look, Products
-from hidlr_optax._rule.rate import average
-
-CURVATURES = 0.9  # memory of the slopes and curvatures that a person reads
+from hidlr_optax._rule.rate import HOLD, average
 
 
 def distrusts(diagnostics: Diagnostics[Any]) -> jax.Array:
-    """Whether `value` or `grad` were not those of the loss: then no look can be trusted."""
-    return (diagnostics.slips & (Slip.VALUE | Slip.GRADIENT).value) != 0
+    """Whether `value` was not the loss: then no look can be trusted."""
+    return (diagnostics.slips & Slip.VALUE.value) != 0
 
 
 def recorded(
@@ -51,7 +47,7 @@ def recorded(
     has_curvature = resolved & alone & (seen.rates != 0)
 
     def mean(old: jax.Array, new: jax.Array, use: jax.Array, count: jax.Array) -> jax.Array:
-        return jnp.where(use, average(old, new, count, CURVATURES), old)
+        return jnp.where(use, average(old, new, count, HOLD), old)
 
     quadratic = Quadratic(
         mean(diagnostics.slope, slope, has_slope, diagnostics.refreshes),
@@ -59,7 +55,7 @@ def recorded(
     )
     ppi = influence_per_parameter(quadratic, jnp.asarray(call.groups.sizes, jnp.float32))
     has_influence = (quadratic.curvature > 0) & jnp.isfinite(ppi)
-    slips = Slip.VALUE * seen.wrong_value + Slip.GRADIENT * seen.wrong_slope + Slip.STEP * ~follows
+    slips = Slip.VALUE * seen.wrong_value + Slip.STEP * ~follows
     return Diagnostics(
         refreshes=diagnostics.refreshes + 1,
         measured=diagnostics.measured + (resolved & alone),
@@ -115,20 +111,3 @@ def follows(call: Call, products: Products, applied: jax.Array, position: jax.Ar
     ratio = moved / jnp.where(told == 0, 1, told)
     known = (jnp.abs(told) > rounding) & jnp.isfinite(ratio) & (position != 0)
     return ~known | ((ratio > 0.5) & (ratio < 2))
-
-
-def where_due(due: jax.Array, found: Callable[[], Any], kept: Any) -> Any:
-    """What `found` returns where something is due, else what is kept.
-
-    Outside of jit, where `due` is known, nothing is compiled for the branch that is not taken.
-    """
-    if not isinstance(due, Tracer):
-        return found() if due else kept
-    try:
-        return jax.lax.cond(due, found, lambda: kept)
-    except TypeError as error:
-        error.add_note(
-            "If this is inside shard_map: the loss differs from device to device, and each would "
-            "come to its own learning rates. Use jax.lax.pmean on the loss, value and grad."
-        )
-        raise

@@ -20,11 +20,6 @@ _SLIPS = {
         "`value` is not the loss at the parameters (another batch, dropout key or scale?): nothing "
         "can be measured, and the rates stay. Leave `value` out, or pass that of the same function."
     ),
-    Slip.GRADIENT: (
-        "`grad` is not the gradient of the loss (scaled, summed, clipped, of another batch or "
-        "dropout key, conjugated?): nothing can be measured, and the rates stay. Pass the raw "
-        "gradient of the same function."
-    ),
     Slip.STEP: (
         "The parameters did not move by the step that hidlr had returned: its sign or size was "
         "changed, or it was not taken. Put hidlr last in the chain, add its updates as they are, "
