@@ -123,7 +123,8 @@ def test_rates_are_those_of_one_device_and_shardings_stay(fsdp):
         alone, alone_state = step(alone, alone_state, batch)
     rates, expected = (optax.tree.get(s, "group_learning_rates") for s in (state, alone_state))
     for name in expected:
-        np.testing.assert_allclose(rates[name], expected[name], rtol=1e-5)
+        # Devices add in another order.
+        np.testing.assert_allclose(rates[name], expected[name], rtol=1e-4)
         assert rates[name].sharding.is_fully_replicated
     same = jax.tree.map(
         lambda leaf, old: leaf.sharding.is_equivalent_to(old, leaf.ndim), params, before

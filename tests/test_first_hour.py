@@ -154,7 +154,7 @@ OTHER_VALUES = {
             slip,
             marks=pytest.mark.xfail(
                 strict=True,
-                reason="the cap and the first rate read the value: rates are e^-11 of the right ones",
+                reason="the cap reads the value: rates are e^-11 of the right ones",
             ),
         )
         if slip == "far too small"

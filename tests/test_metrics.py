@@ -84,7 +84,7 @@ def test_metrics_are_flat_scalars_with_the_numbers_of_the_state():
     *_, state = _reference()
     found = hd.metrics(state)
     assert all(isinstance(value, jax.Array) and value.shape == () for value in found.values())
-    assert float(found["slope/weight"]) == pytest.approx(14, rel=1e-4)
+    assert float(found["slope/weight"]) == pytest.approx(14, rel=1e-3)
     assert float(found["curvature/bias"]) == pytest.approx(100 * 50.0**2, rel=1e-4)
     assert float(found["ppi/weight"]) == pytest.approx(14 / 3, rel=1e-3)
     assert float(found["ppi/bias"]) == pytest.approx(25, rel=1e-3)
