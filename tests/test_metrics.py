@@ -81,14 +81,16 @@ def test_metrics_finds_the_state_in_containers_of_any_kind():
 
 
 def test_metrics_are_flat_scalars_with_the_numbers_of_the_state():
-    *_, state = _reference()
+    """By hand: b = 14 + 50², a = 14 + 100 · 50², and four parameters."""
+    tx, params = hd.hiulr(bowl), bowl_params()
+    _, state = jax.jit(lambda state: update(tx, state, params))(tx.init(params))
     found = hd.metrics(state)
     assert all(isinstance(value, jax.Array) and value.shape == () for value in found.values())
-    assert float(found["slope/weight"]) == pytest.approx(14, rel=1e-3)
-    assert float(found["curvature/bias"]) == pytest.approx(100 * 50.0**2, rel=1e-4)
-    assert float(found["ppi/weight"]) == pytest.approx(14 / 3, rel=1e-3)
-    assert float(found["ppi/bias"]) == pytest.approx(25, rel=1e-3)
-    assert (int(found["kept/bias"]), int(found["kept/weight"])) == (0, 0)
+    # Of the slope, that at the other end of the look, two hundredths away.
+    assert float(found["slope/all"]) == pytest.approx(2514, rel=0.05)
+    assert float(found["curvature/all"]) == pytest.approx(250014, rel=1e-3)
+    assert float(found["ppi/all"]) == pytest.approx(2514**2 / 250014 / 4, rel=0.1)
+    assert int(found["kept/all"]) == 0
     assert int(found["refreshes"]) == 1
 
 
