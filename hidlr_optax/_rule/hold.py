@@ -287,7 +287,8 @@ def _moved(
     by_group = shape.include(memory.by_group, now.slope, seen.rows, unit, memory.looks)
     if len(now.slope) == 1:
         return by_group, jnp.zeros_like(now.slope), (1.0, 1.0)
-    weight = jnp.where(now.finding, 1.0, 1 / (1 + now.held / rate.PATIENCE))
+    # Later, those of sums of gradients would feed on themselves: a long step has a long slope.
+    weight = jnp.where(now.finding, 1.0, mean.normalised / (1 + now.held / rate.PATIENCE))
     most = jnp.where(now.is_first, jnp.finfo(jnp.float32).max, MOST)
     moved = shape.change(by_group, now.log_shape, now.asked, mean.normalised, weight, most)
     moved = jnp.where(resolved & jnp.all(jnp.isfinite(moved)), moved, 0)

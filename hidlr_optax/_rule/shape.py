@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from hidlr_optax._rule.rate import FIND, average
 
 COUPLED = 4 / 3  # power of the costs: between that of groups alone, 1, and of coupled ones, 2
-PRIOR = 1.1  # logarithm of a proportion that is half believed: smaller ones are noise
+PRIOR = 1.1  # logarithm of a unit that is half believed: smaller ones are noise
 
 
 class Groupwise(NamedTuple):
@@ -44,10 +44,10 @@ def include(
     return jax.tree.map(lambda old, x: average(old, x, count, FIND), mean, new)
 
 
-def believed(proportion: jax.Array) -> jax.Array:
-    """Large differences as they are, small ones hardly: T⁵ / (T⁴ + 1.1⁴)."""
+def believed(proportion: jax.Array, prior: Any) -> jax.Array:
+    """Large differences as they are, small ones hardly: T⁵ / (T⁴ + p⁴), p the `prior`."""
     fourth = proportion**4
-    return proportion * fourth / (fourth + PRIOR**4)
+    return proportion * fourth / (fourth + prior**4)
 
 
 def target(
@@ -69,7 +69,7 @@ def target(
     sums = 1 - normalised
     apart = log_shape + sums * gain - COUPLED * (1 + sums) / 2 * cost - asked
     middle = jnp.nanmedian(jnp.where(known, apart, jnp.nan))
-    return asked + believed(jnp.where(known, apart - middle, 0)), known
+    return asked + believed(jnp.where(known, apart - middle, 0), PRIOR * (1 + sums)), known
 
 
 def change(
