@@ -44,4 +44,5 @@ def cap(promise: jax.Array, promised: jax.Array, size: jax.Array) -> jax.Array:
     step as an upper bound. Where a plateau ends, gradients grow from step to step.
     """
     most = jnp.maximum(size, USUAL * promised)
-    return jnp.where(promise > most, most / jnp.maximum(promise, TINY), 1.0)
+    caps = (promise > most) & (most > 0)  # a loss of zero says nothing
+    return jnp.where(caps, most / jnp.maximum(promise, TINY), 1.0)

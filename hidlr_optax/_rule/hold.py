@@ -96,12 +96,14 @@ def update(state: State, call: Call, clock: Clock, asked: jax.Array) -> tuple[St
     """
     slope, harmed = call.slope(), jnp.zeros((), bool)
     state, jumped = _watched(state, call, clock)
-    if clock.due is not None:
-        # Only a look at the very next update can tell how far the parameters have moved.
-        waiting = state._replace(memory=state.memory._replace(position=jnp.zeros((), jnp.float32)))
+    # Only a look at the very next update can tell how far the parameters have moved.
+    waiting = state._replace(memory=state.memory._replace(position=jnp.zeros((), jnp.float32)))
+    if clock.due is None:
+        state = waiting
+    else:
 
         def refreshed() -> tuple[State, jax.Array]:
-            return refresh(state, call.valued(), slope, clock, asked, jumped)
+            return refresh(state, call, slope, clock, asked, jumped)
 
         due = (clock.due | _is_awaited(state, clock) | jumped) & clock.allowed
         state, harmed = where_due(due, refreshed, (waiting, harmed))
@@ -115,7 +117,9 @@ def _is_awaited(state: State, clock: Clock) -> jax.Array:
     """
     kept = state.diagnostics.kept
     missed = jnp.all((kept == Kept.UNRESOLVED) | (kept == Kept.DISTRUSTED))
-    finds = (state.memory.looks < clock.warmup) & (clock.count <= 2 * clock.warmup)
+    finds = (state.memory.looks < clock.warmup) & (
+        clock.count.astype(jnp.float32) <= 2 * clock.warmup
+    )
     return jnp.where(missed, clock.retry, finds)
 
 
@@ -203,10 +207,11 @@ class Now(NamedTuple):
         memory, factor = state.memory, jnp.abs(clock.factor)
         finding, held = memory.looks < clock.warmup, jnp.maximum(memory.looks - clock.warmup, 0)
         log_rates = jnp.log(jnp.maximum(state.rates, TINY))
-        log_joint = jnp.mean(log_rates)
+        log_joint, is_first = jnp.mean(log_rates), clock.count == 0
+        log_shape = jnp.where(jnp.all(state.rates > 0), log_rates - log_joint, asked)
         relative = factor / jnp.where(memory.peak > 0, memory.peak, 1)
         return Now(
-            is_first=clock.count == 0,
+            is_first=is_first,
             finding=finding,
             begins=finding & (memory.looks == 0),
             held=held,
@@ -214,7 +219,7 @@ class Now(NamedTuple):
             level=jnp.exp(log_joint) * memory.guard * relative,
             # Every second look, once the rates are found.
             apart=jnp.bool_(len(slope) > 1) & (held % 2 == 1) & ~jumped,
-            log_shape=jnp.where(jnp.all(state.rates > 0), log_rates - log_joint, asked),
+            log_shape=jnp.where(is_first & finding, _by_slope(slope), log_shape),
             log_joint=log_joint,
             slope=slope,
             asked=asked,
@@ -226,6 +231,9 @@ def refresh(
     state: State, call: Call, slope: jax.Array, clock: Clock, asked: jax.Array, jumped: jax.Array
 ) -> tuple[State, jax.Array]:
     """The state with the rates moved, and whether the last step did harm."""
+    is_unwatched, call = call.value is None, call.valued()
+    if is_unwatched:
+        state, _ = _watched(state, call, clock)
     now, memory = Now.of(state, call, slope, clock, asked, jumped), state.memory
     products = call.products()
     signs = jnp.where(now.apart, _signs(len(slope), now.held), 1.0)
@@ -233,6 +241,7 @@ def refresh(
     rates = jnp.where(now.is_first, begun, signs * state.applied)
     seen = look(call, products, rates, now.is_first)
     resolved = seen.is_resolved(call.value, now.level) & ~record.distrusts(state.diagnostics)
+    resolved &= jnp.all(jnp.isfinite(slope)) & jnp.all(jnp.isfinite(products.uu))
     along = resolved & ~now.apart & ~now.is_first
     mean = _of_kind(memory, products, now)
     by_group, moved, effect = _moved(memory, seen, mean, now, resolved)
@@ -246,7 +255,7 @@ def refresh(
     # A rate that is far from its goal is not found, however many looks there were.
     counts = resolved & ~now.is_first & (met | (memory.looks != clock.warmup - 1))
     memory = memory._replace(
-        looks=memory.looks + counts,
+        looks=memory.looks + counts.astype(jnp.float32),
         mean=_where(along, mean, memory.mean.scaled(*effect)),
         by_group=_where(resolved, by_group, memory.by_group),
         position=jnp.where(jnp.isfinite(position), position, 0),
@@ -291,7 +300,8 @@ def _moved(
     weight = jnp.where(now.finding, 1.0, mean.normalised / (1 + now.held / rate.PATIENCE))
     most = jnp.where(now.is_first, jnp.finfo(jnp.float32).max, MOST)
     moved = shape.change(by_group, now.log_shape, now.asked, mean.normalised, weight, most)
-    moved = jnp.where(resolved & jnp.all(jnp.isfinite(moved)), moved, 0)
+    stays = jnp.where(now.is_first & now.finding, now.asked - now.log_shape, 0)
+    moved = jnp.where(resolved & jnp.all(jnp.isfinite(moved)), moved, stays)
     return by_group, moved, shape.effect(by_group, now.log_shape, moved)
 
 
@@ -323,6 +333,19 @@ def _changed(
     return mean, jnp.where((same > 0) & jnp.isfinite(change), change, 0), met
 
 
+def _by_slope(slope: jax.Array) -> jax.Array:
+    """The logarithms of the proportions in which all groups promise the same, (K,).
+
+    For the first look alone, which has to see each of them, whatever its units are.
+    """
+    logarithms = -jnp.log(jnp.where(slope > 0, slope, 1))
+    known = (slope > 0) & jnp.isfinite(slope)
+    mean = jnp.sum(jnp.where(known, logarithms, 0)) / jnp.maximum(
+        jnp.sum(known, dtype=jnp.float32), 1
+    )
+    return jnp.where(known, logarithms - mean, 0)
+
+
 def _where(use: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda new, old: jnp.where(use, new, old), new, old)
 
@@ -332,5 +355,5 @@ def _signs(groups: int, held: jax.Array) -> jax.Array:
 
     So rows (As)_k of steps with these signs s have s_k (As)_k = A_kk in the mean.
     """
-    shared = jnp.arange(groups) & (held.astype(jnp.int32) // 2)
+    shared = jnp.arange(groups, dtype=jnp.int32) & (held.astype(jnp.int32) // 2)
     return 1.0 - 2.0 * (jax.lax.population_count(shared) % 2).astype(jnp.float32)

@@ -154,7 +154,12 @@ def look(call: Call, products: Products, rates: jax.Array, is_first: jax.Array) 
         here = won = fall(call.loss(groups.step(call.params, along, -rates)))
         rows = 2 * (won - slope @ rates) / jnp.where(rates == 0, 1, rates)
     else:
-        loss, grad = jax.value_and_grad(call.loss)(groups.step(call.params, along, -rates))
+        start = groups.step(call.params, along, -rates)
+        loss, grad = jax.value_and_grad(call.loss, allow_int=True)(start)
+        # Whole numbers have gradients of no type.
+        grad = jax.tree.map(
+            lambda g, w: jnp.zeros_like(w) if g.dtype == jax.dtypes.float0 else g, grad, start
+        )
         won, rows = fall(loss), -groups.inner(grad, along).astype(jnp.float32) - slope
         nowhere = jnp.zeros_like(slope)
         here = where_due(

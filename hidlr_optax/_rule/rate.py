@@ -51,7 +51,8 @@ class Averages(NamedTuple):
 
 def average(mean: jax.Array, new: jax.Array, count: jax.Array, memory: Any) -> jax.Array:
     """The plain mean of the first few, then a moving average; `count` values are in `mean`."""
-    return mean + jnp.maximum(1 / (count + 1.0), 1 - memory) * (new - mean)
+    weight = jnp.maximum(1 / (count.astype(jnp.float32) + 1), 1 - memory)
+    return mean + weight * (new - mean)
 
 
 def kind(products: Products) -> tuple[jax.Array, jax.Array]:

@@ -55,11 +55,13 @@ def recorded(
     )
     ppi = influence_per_parameter(quadratic, jnp.asarray(call.groups.sizes, jnp.float32))
     has_influence = (quadratic.curvature > 0) & jnp.isfinite(ppi)
-    slips = Slip.VALUE * seen.wrong_value + Slip.STEP * ~follows
+    slips = jnp.where(seen.wrong_value, Slip.VALUE.value, 0) | jnp.where(
+        follows, 0, Slip.STEP.value
+    )
     return Diagnostics(
         refreshes=diagnostics.refreshes + 1,
-        measured=diagnostics.measured + (resolved & alone),
-        cuts=diagnostics.cuts + harmed,
+        measured=diagnostics.measured + (resolved & alone).astype(jnp.int32),
+        cuts=diagnostics.cuts + harmed.astype(jnp.int32),
         slips=diagnostics.slips | slips.astype(jnp.int32),
         kept=_statuses(
             diagnostics.kept, products, seen, call.value, resolved, distrusts(diagnostics)

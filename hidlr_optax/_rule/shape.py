@@ -39,9 +39,14 @@ class Groupwise(NamedTuple):
 def include(
     mean: Groupwise, slope: jax.Array, rows: jax.Array, unit: jax.Array, count: jax.Array
 ) -> Groupwise:
-    """The averages with one look."""
+    """The averages with one look; after the first three, one of ten times the average at most."""
     new = Groupwise(slope, jnp.abs(rows) / unit)
-    return jax.tree.map(lambda old, x: average(old, x, count, FIND), mean, new)
+
+    def joined(old: jax.Array, x: jax.Array) -> jax.Array:
+        most = jnp.where((count < 3) | (old == 0), jnp.inf, 10 * jnp.abs(old))
+        return average(old, jnp.clip(x, -most, most), count, FIND)
+
+    return jax.tree.map(joined, mean, new)
 
 
 def believed(proportion: jax.Array, prior: Any) -> jax.Array:
@@ -92,7 +97,7 @@ def change(
     """
     wanted, known = target(mean, log_shape, asked, normalised)
     away = jnp.where(known, wanted - log_shape, 0)
-    away -= jnp.sum(away) / jnp.maximum(jnp.sum(known), 1)
+    away -= jnp.sum(away) / jnp.maximum(jnp.sum(known, dtype=jnp.float32), 1)
     moved = weight * jnp.where(known, jnp.clip(away, -most, most), 0)
     return moved - jnp.mean(moved)
 
