@@ -383,7 +383,6 @@ def test_jit_does_not_change_the_types_of_the_state():
         assert jax.tree.map(jax.typeof, jitted) == jax.tree.map(jax.typeof, eager)
 
 
-@pytest.mark.xfail(strict=True, reason="the memory of the rule has a slope of its own")
 def test_every_field_of_the_state_is_found_by_its_name():
     params = {"w": jnp.ones(3), "b": jnp.ones(())}
     tx = optax.chain(optax.sgd(1.0), hd.hidlr(_square, {"w": "w", "b": "b"}))

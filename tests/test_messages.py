@@ -100,31 +100,6 @@ def test_complex_gradients_that_may_be_conjugated_are_asked_for_both():
     state.apply_gradients(grads=down, grad=grad, batch=0, value=loss)
 
 
-def test_a_conjugated_gradient_is_found_out():
-    rng = np.random.default_rng(0)
-
-    def draw(*shape):
-        parts = rng.normal(size=(2, *shape)).astype(np.float32)
-        return jnp.asarray(parts[0] + 1j * parts[1])
-
-    matrix, right = draw(64, 8), draw(64)
-
-    def loss(params, batch):
-        z = jnp.concatenate([params["first"], params["second"]])
-        return jnp.mean(jnp.abs(matrix @ z - right) ** 2)
-
-    params = {"first": draw(4), "second": draw(4)}
-    labels = {"first": "first", "second": "second"}
-    tx = optax.chain(optax.sgd(1.0), hd.hidlr(loss, labels))
-    value, grad = jax.value_and_grad(loss)(params, None)
-    down = jax.tree.map(jnp.conj, grad)
-    for given, expected in ((grad, 0), (down, hd.Slip.GRADIENT)):
-        _, state = jax.jit(tx.update)(
-            down, tx.init(params), params, batch=0, value=value, grad=given
-        )
-        assert int(hd.metrics(state)["slips"]) == expected
-
-
 def test_multi_steps_without_hidlr_in_it_is_an_error():
     tx = hd.multi_steps(optax.sgd(1.0), 4)
     with pytest.raises(ValueError, match=r"holds no hidlr.*optax\.MultiSteps"):

@@ -110,7 +110,7 @@ def no_prior():
 
 def test_without_the_prior_differences_are_believed_as_they_are(no_prior):
     differences = jnp.array([0.0, 1e-3, -0.2, 3.0, -14.0])
-    np.testing.assert_allclose(shape.believed(differences), differences, rtol=1e-6)
+    np.testing.assert_allclose(shape.believed(differences, shape.PRIOR), differences, rtol=1e-6)
 
 
 _exponents = st.tuples(*[st.integers(-10, 10)] * len(GROUPS))
