@@ -25,7 +25,7 @@ class Kept(enum.IntEnum):
     NON_FINITE = 1, "not finite: look for NaN in the loss, gradient or update"
     UNRESOLVED = 2, "changes the loss by less than its rounding: converged, or in bfloat16"
     NOT_CONVEX = 3, "no minimum along it: larger batches, or hidlr, which needs none"
-    NO_SLOPE = 4, "no slope at the last refresh: frozen, unused or masked?"
+    NO_SLOPE = 4, "no slope on the last batch: masked, or not used by the loss?"
     OTHER_GROUP = 5, "kept because of another group's numbers"
     ASCENDS = 6, "goes uphill: see below"
     DISTRUSTED = 7, "not measured: see below"

@@ -115,8 +115,7 @@ def _is_awaited(state: State, clock: Clock) -> jax.Array:
 
     A rate that has not come near its goal in twice the warm-up is looked for at due updates alone.
     """
-    kept = state.diagnostics.kept
-    missed = jnp.all((kept == Kept.UNRESOLVED) | (kept == Kept.DISTRUSTED))
+    missed = jnp.all(state.diagnostics.kept != Kept.UPDATED)
     finds = (state.memory.looks < clock.warmup) & (
         clock.count.astype(jnp.float32) <= 2 * clock.warmup
     )

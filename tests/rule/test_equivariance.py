@@ -116,13 +116,24 @@ def test_without_the_prior_differences_are_believed_as_they_are(no_prior):
 _exponents = st.tuples(*[st.integers(-10, 10)] * len(GROUPS))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the first look is along equal rates, and products of all groups are summed in whatever "
-    "units they have: losses of runs differ by 0.4 to 39 of themselves",
+_NOT_YET = pytest.mark.xfail(
+    strict=False,
+    reason="the kind of a direction is told from all groups in whatever units they have; losses of "
+    "runs differed by 0.4 to 39 of themselves before the first look saw every group",
 )
-@pytest.mark.parametrize("problem", _PROBLEMS)
-@pytest.mark.parametrize("direction", _DIRECTIONS)
+_EQUIVARIANT = {("bilinear", "SGD")}
+
+
+@pytest.mark.parametrize(
+    ("problem", "direction"),
+    [
+        pytest.param(problem, direction, id=f"{direction}-{problem}")
+        if (problem, direction) in _EQUIVARIANT
+        else pytest.param(problem, direction, id=f"{direction}-{problem}", marks=_NOT_YET)
+        for problem in _PROBLEMS
+        for direction in _DIRECTIONS
+    ],
+)
 @settings(max_examples=12, deadline=None)
 @given(exponents=_exponents)
 @example(exponents=(10, 0, 0))
