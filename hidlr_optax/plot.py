@@ -199,7 +199,7 @@ def fit(suggestion: Suggestion) -> Figure:
     Example:
       >>> import jax.numpy as jnp, hidlr_optax as hd, hidlr_optax.plot
       >>> params, direction = {"x": jnp.asarray(3.0)}, {"x": jnp.asarray(-3.0)}
-      >>> found = hd.suggest(lambda p, batch: p["x"] ** 2 / 2, params, "all", direction)
+      >>> found = hd.paper.suggest(lambda p, batch: p["x"] ** 2 / 2, params, "all", direction)
       >>> [axes.get_title() for axes in hidlr_optax.plot.fit(found).axes]
       ['all: η = 1']
     """

@@ -159,7 +159,6 @@ def test_steps_below_the_noise_are_unresolved_and_keep_the_rates(dtype):
         assert hd.Kept.UNRESOLVED not in {kept for kept, _ in late}
 
 
-@pytest.mark.xfail(strict=True, reason="a value that is off by 2e-4 of itself is a slip")
 def test_a_value_that_rounding_alone_sets_apart_is_no_mismatch():
     """The same function, compiled anew, is off by the rounding of bfloat16."""
     loss = functools.partial(loss_in, jnp.bfloat16)
