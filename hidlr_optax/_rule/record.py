@@ -50,7 +50,7 @@ def recorded(
         return jnp.where(use, average(old, new, count, HOLD), old)
 
     quadratic = Quadratic(
-        mean(diagnostics.slope, slope, has_slope, diagnostics.refreshes),
+        mean(diagnostics.slope, slope, has_slope, jnp.maximum(diagnostics.refreshes - 1, 0)),
         mean(diagnostics.curvature, curvature, has_curvature, diagnostics.measured),
     )
     ppi = influence_per_parameter(quadratic, jnp.asarray(call.groups.sizes, jnp.float32))
