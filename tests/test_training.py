@@ -276,11 +276,8 @@ def test_compare_tunes_on_one_seed_and_runs_the_best_on_all(tmp_path, monkeypatc
     assert lines[0].startswith("| method | seeds | test loss | train loss")
     assert lines[2].startswith("| A 0.1 | 2 |")
     training.draw(chosen, log, tmp_path)
-    assert {path.name for path in tmp_path.glob("*.png")} == {
-        "losses.png",
-        "rates-rule.png",
-        "influence-rule.png",
-    }
+    # Twelve steps are too few for an influence.
+    assert {path.name for path in tmp_path.glob("*.png")} == {"losses.png", "rates-rule.png"}
     # What is in the log is not run again.
     monkeypatch.setattr(training, "train", None)
     again = Log(tmp_path / "log.jsonl", {"steps": "12"})
