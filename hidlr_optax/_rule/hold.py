@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hidlr_optax._branch import where_due
 from hidlr_optax._diagnostics import Diagnostics, Kept
 from hidlr_optax._rule import guard, rate, record, shape
-from hidlr_optax._rule.measure import TINY, Call, Look, Products, look, where_due
+from hidlr_optax._rule.measure import TINY, Call, Look, Products, look
 
 MOST = 2.0  # the logarithm by which one look moves a proportion at most
 

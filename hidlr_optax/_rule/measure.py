@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
+from hidlr_optax._branch import where_due
 from hidlr_optax._groups import Groups
 
 ROUNDINGS = 16.0  # of the loss: a step that changes it by less has no curvature to be seen
@@ -169,20 +169,3 @@ def look(call: Call, products: Products, rates: jax.Array, is_first: jax.Array) 
         )
     size = jnp.abs(call.value).astype(jnp.float32)
     return Look(rates, slope, rows, won, wrong_value=is_first & (jnp.abs(here) > FITS * size))
-
-
-def where_due(due: jax.Array, found: Callable[[], Any], kept: Any) -> Any:
-    """What `found` returns where something is due, else what is kept.
-
-    Outside of jit, where `due` is known, nothing is compiled for the branch that is not taken.
-    """
-    if not isinstance(due, Tracer):
-        return found() if due else kept
-    try:
-        return jax.lax.cond(due, found, lambda: kept)
-    except TypeError as error:
-        error.add_note(
-            "If this is inside shard_map: the loss differs from device to device, and each would "
-            "come to its own learning rates. Use jax.lax.pmean on the loss, value and grad."
-        )
-        raise

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 
+from hidlr_optax._branch import where_due
 from hidlr_optax._checks.advice import unjitted_watch, warn_of_low_peak
 from hidlr_optax._checks.loss import (
     LossFn,
@@ -26,7 +26,7 @@ from hidlr_optax.paper._measurement import Estimator, fits_slope
 from hidlr_optax.paper._probes import probes
 from hidlr_optax.paper._refresh import Known, Rule, Slope
 from hidlr_optax.paper._solvers import Diagonal, Solver, coupled
-from hidlr_optax.paper._state import Packed, Stored, initial_state, pack, unpack
+from hidlr_optax.paper._state import Stored, initial_state, pack, unpack
 
 _MAX_RISE = 0.2  # of the loss, that the guard lets pass
 
@@ -145,7 +145,7 @@ def one_step(
         new = pack(state, groups)
         if refresh is not False:  # not even a branch is left in the program then
             due = _is_due(state.count, update_interval, warmup) & jnp.asarray(refresh)
-            new = _where_due(due, lambda: rule.refresh(pack(state, groups), known), new)
+            new = where_due(due, lambda: rule.refresh(pack(state, groups), known), new)
         watch((updates, params, state.count))
         factor = jnp.asarray(1.0 if schedule is None else schedule(state.count), jnp.float32)
         new = new._replace(
@@ -169,20 +169,6 @@ def _rise(max_rise: Any, solver: Solver) -> Any:
 def _is_due(count: jax.Array, update_interval: Any, warmup: Any) -> jax.Array:
     interval, first = (jnp.asarray(x).astype(jnp.int32) for x in (update_interval, warmup))
     return (count % interval == 0) | (count < first)
-
-
-def _where_due(due: jax.Array, refresh: Callable[[], Packed], kept: Packed) -> Packed:
-    """Outside of jit, where `due` is known, nothing is compiled for the branch not taken."""
-    if not isinstance(due, Tracer):
-        return refresh() if due else kept
-    try:
-        return jax.lax.cond(due, refresh, lambda: kept)
-    except TypeError as error:
-        error.add_note(
-            "If this is inside shard_map: the loss differs from device to device, and each would "
-            "come to its own learning rates. Use jax.lax.pmean on the loss, value and grad."
-        )
-        raise
 
 
 def _check_part(part: Any, members: tuple[str, ...], argument: str, examples: str) -> None:
