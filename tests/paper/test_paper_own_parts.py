@@ -78,7 +78,6 @@ def _trained(rule, steps=40):
 def test_the_protocols_take_our_parts_and_others():
     for estimator in (
         hd.paper.secant(),
-        hd.parabola(),
         hd.paper.probes(),
         hd.paper.hessian(),
         Difference(),

