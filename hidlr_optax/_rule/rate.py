@@ -69,11 +69,11 @@ def kind(products: Products) -> tuple[jax.Array, jax.Array]:
 
     ahead = cosine(p.uv, p.uu, p.vv)
     down, across = cosine(p.ug, p.uu, p.gg), cosine(p.vg, p.vv, p.gg)
-    carried = jnp.clip((ahead - down * across) / (1 - across**2 + 1e-4), 0, 1)
-    rest = jnp.sqrt(jnp.maximum(1 - 2 * carried * ahead + carried**2, 0) + 1e-6)
+    carried = (ahead - down * across) / (1 - across**2 + 1e-5)
+    rest = jnp.sqrt(jnp.maximum(1 - 2 * carried * ahead + carried**2, 0) + 1e-7)
     straight = (carried * across - down) / rest
     # Half of the last direction is momentum in full.
-    return jnp.clip((1 - straight) / TENTH, 0, 1), jnp.minimum(2 * carried, 1)
+    return jnp.clip((1 - straight) / TENTH, 0, 1), jnp.clip(2 * carried, 0, 1)
 
 
 def first(

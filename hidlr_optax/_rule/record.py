@@ -50,7 +50,7 @@ def recorded(
         return jnp.where(use, average(old, new, count, HOLD), old)
 
     quadratic = Quadratic(
-        mean(diagnostics.slope, slope, has_slope, jnp.maximum(diagnostics.refreshes - 1, 0)),
+        mean(diagnostics.slope, slope, has_slope, diagnostics.measured),
         mean(diagnostics.curvature, curvature, has_curvature, diagnostics.measured),
     )
     ppi = influence_per_parameter(quadratic, jnp.asarray(call.groups.sizes, jnp.float32))
@@ -84,7 +84,8 @@ def _statuses(
 ) -> jax.Array:
     """(K,) int32 of `Kept`; as before where no step had been taken that could be looked at."""
     finite = jnp.isfinite(seen.won) & jnp.all(jnp.isfinite(seen.rows)) & jnp.isfinite(value)
-    status = jnp.where(jnp.sum(products.ug) >= 0, Kept.ASCENDS, Kept.UPDATED)
+    uphill = products.ug @ jnp.abs(seen.rates) >= 0
+    status = jnp.where(uphill, Kept.ASCENDS, Kept.UPDATED)
     status = jnp.where(resolved, status, Kept.UNRESOLVED)
     status = jnp.where(distrusted, Kept.DISTRUSTED, status)
     statuses = jnp.where((products.ug == 0), Kept.NO_SLOPE, status)
