@@ -292,8 +292,7 @@ def _moved(
     memory: Memory, seen: Look, mean: rate.Averages, now: Now, resolved: jax.Array
 ) -> tuple[shape.Groupwise, jax.Array, tuple[Any, Any]]:
     """The averages of the groups, the logarithms of what moves their proportions, its effect."""
-    unit = jnp.maximum(seen.unit, TINY)
-    by_group = shape.include(memory.by_group, now.slope, seen.rows, unit, memory.looks)
+    by_group = shape.include(memory.by_group, seen, now.slope, memory.looks)
     if len(now.slope) == 1:
         return by_group, jnp.zeros_like(now.slope), (1.0, 1.0)
     # Later, those of sums of gradients would feed on themselves: a long step has a long slope.

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hidlr_optax._rule.measure import TINY, Look
 from hidlr_optax._rule.rate import FIND, average
 
 COUPLED = 4 / 3  # power of the costs: between that of groups alone, 1, and of coupled ones, 2
@@ -28,19 +29,31 @@ class Groupwise(NamedTuple):
     """Averages over looks, (K,) each.
 
     Attributes:
-      same_slope: S_k, loss per unit learning rate.
-      row: the size of (Aη)_k per unit of the joint rate.
+      same_slope: S_k, on the batch that made the direction, loss per unit learning rate.
+      fresh_slope: F_k, on the next batch.
+      row: (Aη)_k per unit of the joint rate.
+      row_size: its size, whatever its sign.
     """
 
     same_slope: Any
+    fresh_slope: Any
     row: Any
+    row_size: Any
+
+    def is_confirmed(self) -> jax.Array:
+        """Whether a group is more than noise: a half of its slope or of its rows is kept, (K,).
+
+        Adam makes steps of rounding where the loss does not depend on a group, as before a
+        normalisation layer. No batch confirms their slope, and their rows have changing signs.
+        """
+        slope_is_kept = 2 * self.fresh_slope > self.same_slope
+        return slope_is_kept | (2 * jnp.abs(self.row) > self.row_size)
 
 
-def include(
-    mean: Groupwise, slope: jax.Array, rows: jax.Array, unit: jax.Array, count: jax.Array
-) -> Groupwise:
+def include(mean: Groupwise, seen: Look, slope: jax.Array, count: jax.Array) -> Groupwise:
     """The averages with one look; after the first three, one of ten times the average at most."""
-    new = Groupwise(slope, jnp.abs(rows) / unit)
+    row = seen.rows / jnp.maximum(seen.unit, TINY)
+    new = Groupwise(slope, seen.slope + seen.rows, row, jnp.abs(row))
 
     def joined(old: jax.Array, x: jax.Array) -> jax.Array:
         most = jnp.where((count < 3) | (old == 0), jnp.inf, 10 * jnp.abs(old))
@@ -57,8 +70,8 @@ def believed(proportion: jax.Array, prior: Any) -> jax.Array:
 
 def target(
     mean: Groupwise, log_shape: jax.Array, asked: jax.Array, normalised: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The logarithms of the proportions to move to, and for which groups they are known: (K,) each.
+) -> jax.Array:
+    """The logarithms of the proportions to move to, (K,): those asked for where none are known.
 
     Differences are those from the median group, since most groups share one rate.
 
@@ -68,13 +81,14 @@ def target(
       asked: those that small differences fall back to, (K,).
       normalised: of the direction, from 0 to 1.
     """
-    gain, cost = mean.same_slope, mean.row
+    gain, cost = mean.same_slope, mean.row_size
     known = (gain > 0) & (cost > 0) & jnp.isfinite(gain) & jnp.isfinite(cost)
+    known &= mean.is_confirmed()
     gain, cost = (log_shape + jnp.log(jnp.where(known, x, 1)) for x in (gain, cost))
     sums = 1 - normalised
     apart = log_shape + sums * gain - COUPLED * (1 + sums) / 2 * cost - asked
     middle = jnp.nanmedian(jnp.where(known, apart, jnp.nan))
-    return asked + believed(jnp.where(known, apart - middle, 0), PRIOR * (1 + sums)), known
+    return asked + believed(jnp.where(known, apart - middle, 0), PRIOR * (1 + sums))
 
 
 def change(
@@ -95,10 +109,8 @@ def change(
       weight: the part of the way to go.
       most: the logarithm by which one look moves a proportion at most.
     """
-    wanted, known = target(mean, log_shape, asked, normalised)
-    away = jnp.where(known, wanted - log_shape, 0)
-    away -= jnp.sum(away) / jnp.maximum(jnp.sum(known, dtype=jnp.float32), 1)
-    moved = weight * jnp.where(known, jnp.clip(away, -most, most), 0)
+    away = target(mean, log_shape, asked, normalised) - log_shape
+    moved = weight * jnp.clip(away - jnp.mean(away), -most, most)
     return moved - jnp.mean(moved)
 
 
@@ -111,4 +123,4 @@ def effect(mean: Groupwise, log_shape: jax.Array, moved: jax.Array) -> tuple[jax
         return jnp.where(usable, after / jnp.where(usable, before, 1), 1.0)
 
     shape = jnp.exp(log_shape)
-    return quotient(shape * mean.same_slope, 1), quotient(shape * mean.row, 2)
+    return quotient(shape * mean.same_slope, 1), quotient(shape * mean.row_size, 2)

@@ -116,24 +116,8 @@ def test_without_the_prior_differences_are_believed_as_they_are(no_prior):
 _exponents = st.tuples(*[st.integers(-10, 10)] * len(GROUPS))
 
 
-_NOT_YET = pytest.mark.xfail(
-    strict=False,
-    reason="the kind of a direction is told from all groups in whatever units they have; losses of "
-    "runs differed by 0.4 to 39 of themselves before the first look saw every group",
-)
-_EQUIVARIANT = {("bilinear", "SGD")}
-
-
-@pytest.mark.parametrize(
-    ("problem", "direction"),
-    [
-        pytest.param(problem, direction, id=f"{direction}-{problem}")
-        if (problem, direction) in _EQUIVARIANT
-        else pytest.param(problem, direction, id=f"{direction}-{problem}", marks=_NOT_YET)
-        for problem in _PROBLEMS
-        for direction in _DIRECTIONS
-    ],
-)
+@pytest.mark.parametrize("problem", _PROBLEMS)
+@pytest.mark.parametrize("direction", _DIRECTIONS)
 @settings(max_examples=12, deadline=None)
 @given(exponents=_exponents)
 @example(exponents=(10, 0, 0))
@@ -143,8 +127,9 @@ _EQUIVARIANT = {("bilinear", "SGD")}
 def test_a_run_is_the_same_in_other_units(no_prior, problem, direction, exponents):
     losses = _losses(problem, direction, exponents)
     usual = _losses(problem, direction)
-    assert usual[-1] < 0.2 * usual[0]  # there is something to compare
-    np.testing.assert_allclose(losses, usual, rtol=1e-3)
+    assert usual[-1] < 0.3 * usual[0]  # there is something to compare
+    # Float32 knows the momentum in a direction to 1e-5; under momentum that grows at a saddle.
+    np.testing.assert_allclose(losses, usual, rtol=5e-3 if direction == "momentum" else 1e-3)
 
 
 @pytest.mark.parametrize("problem", _PROBLEMS)
