@@ -219,7 +219,9 @@ class Now(NamedTuple):
             level=jnp.exp(log_joint) * memory.guard * relative,
             # Every second look, once the rates are found.
             apart=jnp.bool_(len(slope) > 1) & (held % 2 == 1) & ~jumped,
-            log_shape=jnp.where(is_first & finding, _by_slope(slope), log_shape),
+            log_shape=jnp.where(is_first & finding, _by_slope(slope), log_shape)
+            if len(slope) > 1
+            else jnp.zeros_like(slope),
             log_joint=log_joint,
             slope=slope,
             asked=asked,
@@ -236,7 +238,7 @@ def refresh(
         state, _ = _watched(state, call, clock)
     now, memory = Now.of(state, call, slope, clock, asked, jumped), state.memory
     products = call.products()
-    signs = jnp.where(now.apart, _signs(len(slope), now.held), 1.0)
+    signs = jnp.where(now.apart, _signs(len(slope), now.held), 1.0) if len(slope) > 1 else 1.0
     begun = jnp.exp(now.log_shape + _first(call, products, now, jnp.zeros_like(slope)))
     rates = jnp.where(now.is_first, begun, signs * state.applied)
     seen = look(call, products, rates, now.is_first)
@@ -298,7 +300,9 @@ def _moved(
     # Later, those of sums of gradients would feed on themselves: a long step has a long slope.
     weight = jnp.where(now.finding, 1.0, mean.normalised / (1 + now.held / rate.PATIENCE))
     most = jnp.where(now.is_first, jnp.finfo(jnp.float32).max, MOST)
-    moved = shape.change(by_group, now.log_shape, now.asked, mean.normalised, weight, most)
+    moved = shape.change(
+        by_group, now.log_shape, now.asked, mean.normalised, memory.looks, weight, most
+    )
     stays = jnp.where(now.is_first & now.finding, now.asked - now.log_shape, 0)
     moved = jnp.where(resolved & jnp.all(jnp.isfinite(moved)), moved, stays)
     return by_group, moved, shape.effect(by_group, now.log_shape, moved)

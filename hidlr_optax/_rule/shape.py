@@ -40,14 +40,15 @@ class Groupwise(NamedTuple):
     row: Any
     row_size: Any
 
-    def is_confirmed(self) -> jax.Array:
+    def is_confirmed(self, looks: jax.Array) -> jax.Array:
         """Whether a group is more than noise: a half of its slope or of its rows is kept, (K,).
 
         Adam makes steps of rounding where the loss does not depend on a group, as before a
         normalisation layer. No batch confirms their slope, and their rows have changing signs.
         """
         slope_is_kept = 2 * self.fresh_slope > self.same_slope
-        return slope_is_kept | (2 * jnp.abs(self.row) > self.row_size)
+        row_is_kept = 2 * jnp.abs(self.row) > self.row_size
+        return slope_is_kept | (row_is_kept & (looks > 0))  # one row alone has one sign
 
 
 def include(mean: Groupwise, seen: Look, slope: jax.Array, count: jax.Array) -> Groupwise:
@@ -69,7 +70,11 @@ def believed(proportion: jax.Array, prior: Any) -> jax.Array:
 
 
 def target(
-    mean: Groupwise, log_shape: jax.Array, asked: jax.Array, normalised: jax.Array
+    mean: Groupwise,
+    log_shape: jax.Array,
+    asked: jax.Array,
+    normalised: jax.Array,
+    looks: jax.Array,
 ) -> jax.Array:
     """The logarithms of the proportions to move to, (K,): those asked for where none are known.
 
@@ -80,10 +85,11 @@ def target(
       log_shape: the logarithms of the present proportions, (K,).
       asked: those that small differences fall back to, (K,).
       normalised: of the direction, from 0 to 1.
+      looks: before this one.
     """
     gain, cost = mean.same_slope, mean.row_size
     known = (gain > 0) & (cost > 0) & jnp.isfinite(gain) & jnp.isfinite(cost)
-    known &= mean.is_confirmed()
+    known &= mean.is_confirmed(looks)
     gain, cost = (log_shape + jnp.log(jnp.where(known, x, 1)) for x in (gain, cost))
     sums = 1 - normalised
     apart = log_shape + sums * gain - COUPLED * (1 + sums) / 2 * cost - asked
@@ -96,20 +102,22 @@ def change(
     log_shape: jax.Array,
     asked: jax.Array,
     normalised: jax.Array,
+    looks: jax.Array,
     weight: jax.Array,
     most: jax.Array,
 ) -> jax.Array:
     """The logarithms of what the proportions are multiplied by, (K,); their mean is zero.
 
     Args:
-      mean: of the groups, as the next three as in `target`.
+      mean: of the groups, as the next four as in `target`.
       log_shape: likewise.
       asked: likewise.
       normalised: likewise.
+      looks: likewise.
       weight: the part of the way to go.
       most: the logarithm by which one look moves a proportion at most.
     """
-    away = target(mean, log_shape, asked, normalised) - log_shape
+    away = target(mean, log_shape, asked, normalised, looks) - log_shape
     moved = weight * jnp.clip(away - jnp.mean(away), -most, most)
     return moved - jnp.mean(moved)
 
