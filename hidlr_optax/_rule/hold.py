@@ -131,11 +131,10 @@ def _watched(state: State, call: Call, clock: Clock) -> tuple[State, jax.Array]:
         return state._replace(memory=memory), jnp.zeros((), bool)
     value, is_first = call.value.astype(jnp.float32), clock.count == 0
     jumped = guard.jumped(value, memory.loss, memory.spread) & ~is_first
-    loss = rate.average(memory.loss, value, clock.count, rate.HOLD)
+    weight = rate.newest(clock.count, rate.HOLD)
+    loss = rate.average(memory.loss, value, weight)
     away = jnp.where(is_first, 0, jnp.abs(value - memory.loss))
-    watched = memory._replace(
-        loss=loss, spread=rate.average(memory.spread, away, clock.count, rate.HOLD)
-    )
+    watched = memory._replace(loss=loss, spread=rate.average(memory.spread, away, weight))
     return state._replace(memory=_where(jnp.isfinite(value), watched, memory)), jumped
 
 
@@ -155,7 +154,7 @@ def _guarded(state: State, call: Call, slope: jax.Array, clock: Clock, harmed: j
     promise = jnp.abs(rates) @ slope
     part = guard.cap(promise, memory.promised, _size(memory, call))
     won = jnp.maximum(part * promise, 0)
-    promised = rate.average(memory.promised, won, clock.count, rate.HOLD)
+    promised = rate.average(memory.promised, won, rate.newest(clock.count, rate.HOLD))
     memory = memory._replace(
         guard=guard.recovered(memory.guard, harmed & (memory.looks >= clock.warmup)),
         promised=jnp.where(jnp.isfinite(won), promised, memory.promised),
@@ -171,6 +170,7 @@ class Now(NamedTuple):
       finding: whether the rates are still to be found.
       begins: whether no look has measured anything yet.
       held: looks since the rates were found.
+      weight: of this look in averages.
       size: the loss by which changes are judged.
       level: the joint rate of a step at the schedule's peak.
       apart: whether this look is at the groups apart.
@@ -185,6 +185,7 @@ class Now(NamedTuple):
     finding: jax.Array
     begins: jax.Array
     held: jax.Array
+    weight: jax.Array
     size: jax.Array
     level: jax.Array
     apart: jax.Array
@@ -215,6 +216,7 @@ class Now(NamedTuple):
             finding=finding,
             begins=finding & (memory.looks == 0),
             held=held,
+            weight=rate.newest(memory.looks, jnp.where(finding, rate.FIND, rate.HOLD)),
             size=_size(memory, call),
             level=jnp.exp(log_joint) * memory.guard * relative,
             # Every second look, once the rates are found.
@@ -285,8 +287,7 @@ def _first(call: Call, products: Products, now: Now, moved: jax.Array) -> jax.Ar
 def _of_kind(memory: Memory, products: Products, now: Now) -> rate.Averages:
     """The averages with what kind of direction this is."""
     kinds = zip(memory.mean[2:], rate.kind(products), strict=True)
-    memory_of = jnp.where(now.finding, rate.FIND, rate.HOLD)
-    averaged = [rate.average(old, new, memory.looks, memory_of) for old, new in kinds]
+    averaged = [rate.average(old, new, now.weight) for old, new in kinds]
     return rate.Averages(*memory.mean[:2], *averaged)
 
 
@@ -328,8 +329,7 @@ def _changed(
     usual = jnp.abs(proportions @ memory.by_group.same_slope) / unit
     present = jnp.abs(proportions @ now.slope) / unit
     bound = jnp.where(memory.looks < 3, jnp.maximum(usual, present), usual)
-    memory_of = jnp.where(now.finding, rate.FIND, rate.HOLD)
-    mean = rate.include(mean, seen, unit, bound, memory.looks, memory_of).scaled(*effect)
+    mean = rate.include(mean, seen, unit, bound, now.weight).scaled(*effect)
     newest = effect[1] * seen.curvature / jnp.maximum(seen.unit, TINY) ** 2 / unit
     same = effect[0] * (proportions @ by_group.same_slope) / unit
     change, met = rate.change(mean, newest, same, now.level, now.factor, now.finding, now.held)

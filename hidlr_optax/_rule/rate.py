@@ -49,9 +49,13 @@ class Averages(NamedTuple):
         return self._replace(fresh=self.fresh * fresh, curve=self.curve * curve)
 
 
-def average(mean: jax.Array, new: jax.Array, count: jax.Array, memory: Any) -> jax.Array:
-    """The plain mean of the first few, then a moving average; `count` values are in `mean`."""
-    weight = jnp.maximum(1 / (count.astype(jnp.float32) + 1), 1 - memory)
+def newest(count: jax.Array, memory: Any) -> jax.Array:
+    """Weight of the next value in an average: of the plain mean at first, then a moving one, ()."""
+    return jnp.maximum(1 / (count.astype(jnp.float32) + 1), 1 - memory)
+
+
+def average(mean: jax.Array, new: jax.Array, weight: jax.Array) -> jax.Array:
+    """The average with a new value, whose weight is that of `newest`."""
     return mean + weight * (new - mean)
 
 
@@ -102,7 +106,7 @@ def first(
 
 
 def include(
-    mean: Averages, seen: Look, size: jax.Array, bound: jax.Array, count: jax.Array, memory: Any
+    mean: Averages, seen: Look, size: jax.Array, bound: jax.Array, weight: jax.Array
 ) -> Averages:
     """The averages with one look, whose numbers are bounded by what slopes have been.
 
@@ -111,16 +115,15 @@ def include(
       seen: the look.
       size: the loss that it is relative to.
       bound: a slope that is usual, relative to that, per unit of the joint rate.
-      count: looks that are in the averages.
-      memory: of the averages.
+      weight: of the look in the averages.
     """
     unit = jnp.maximum(seen.unit, TINY)
     fresh = jnp.clip(seen.start_slope / unit / size, -3 * bound, 3 * bound)
     curve = seen.curvature / unit**2 / size
     curve = jnp.clip(curve, -2 * bound / unit, 4 * bound / unit)
     return mean._replace(
-        fresh=average(mean.fresh, fresh, count, memory),
-        curve=average(mean.curve, curve, count, memory),
+        fresh=average(mean.fresh, fresh, weight),
+        curve=average(mean.curve, curve, weight),
     )
 
 

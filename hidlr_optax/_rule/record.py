@@ -9,7 +9,7 @@ from hidlr_optax._diagnostics import Diagnostics, Kept, Slip
 from hidlr_optax._groups import wide
 from hidlr_optax._quadratic import Quadratic, influence_per_parameter
 from hidlr_optax._rule.measure import Call, Look, Products
-from hidlr_optax._rule.rate import HOLD, average
+from hidlr_optax._rule.rate import HOLD, average, newest
 
 
 def distrusts(diagnostics: Diagnostics[Any]) -> jax.Array:
@@ -46,12 +46,14 @@ def recorded(
     has_slope = resolved & is_along & (seen.rates != 0)
     has_curvature = resolved & alone & (seen.rates != 0)
 
-    def mean(old: jax.Array, new: jax.Array, use: jax.Array, count: jax.Array) -> jax.Array:
-        return jnp.where(use, average(old, new, count, HOLD), old)
+    weight = newest(diagnostics.measured, HOLD)
+
+    def mean(old: jax.Array, new: jax.Array, use: jax.Array) -> jax.Array:
+        return jnp.where(use, average(old, new, weight), old)
 
     quadratic = Quadratic(
-        mean(diagnostics.slope, slope, has_slope, diagnostics.measured),
-        mean(diagnostics.curvature, curvature, has_curvature, diagnostics.measured),
+        mean(diagnostics.slope, slope, has_slope),
+        mean(diagnostics.curvature, curvature, has_curvature),
     )
     ppi = influence_per_parameter(quadratic, jnp.asarray(call.groups.sizes, jnp.float32))
     has_influence = (quadratic.curvature > 0) & jnp.isfinite(ppi)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from hidlr_optax._rule.measure import TINY, Look
-from hidlr_optax._rule.rate import FIND, average
+from hidlr_optax._rule.rate import FIND, average, newest
 
 COUPLED = 4 / 3  # power of the costs: between that of groups alone, 1, and of coupled ones, 2
 PRIOR = 1.1  # logarithm of a unit that is half believed: smaller ones are noise
@@ -54,11 +54,12 @@ class Groupwise(NamedTuple):
 def include(mean: Groupwise, seen: Look, slope: jax.Array, count: jax.Array) -> Groupwise:
     """The averages with one look; after the first three, one of ten times the average at most."""
     row = seen.rows / jnp.maximum(seen.unit, TINY)
+    weight = newest(count, FIND)
     new = Groupwise(slope, seen.slope + seen.rows, row, jnp.abs(row))
 
     def joined(old: jax.Array, x: jax.Array) -> jax.Array:
         most = jnp.where((count < 3) | (old == 0), jnp.inf, 10 * jnp.abs(old))
-        return average(old, jnp.clip(x, -most, most), count, FIND)
+        return average(old, jnp.clip(x, -most, most), weight)
 
     return jax.tree.map(joined, mean, new)
 
