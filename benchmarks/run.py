@@ -1,9 +1,9 @@
 """Every exhibit of the paper, or its stand-in on free data, from one command.
 
-Each exhibit is one of the scripts beside this one; all of them keep their runs as JSON lines and go
-on where they were stopped, and so does this. `smoke` does a few steps of each, `paper` takes hours
-(each exhibit's minutes, and the sizes that are scaled down, are in `EXHIBITS`), `full` has the
-sizes of the paper where they differ.
+Each exhibit is a module of the rooms beside this file. All of them keep their runs as JSON lines
+and go on where they were stopped, and so does this. `smoke` does a few steps of each, `paper`
+takes hours (the minutes of each exhibit, and the sizes that are scaled down, are in `EXHIBITS`),
+`full` has the sizes of the paper where they differ.
 
     pip install -e '.[bench]'
     python -m benchmarks.run --suite smoke
@@ -42,11 +42,11 @@ _ONE_CORE = {
 
 
 class Exhibit(NamedTuple):
-    """A part of the paper, and the script that shows it.
+    """A part of the paper, and the module that shows it.
 
     Attributes:
       shows: the figures and tables of the paper.
-      script: its file; `__main__.py` of a package.
+      module: what Python is told to run, in `benchmarks`.
       smoke: arguments of a few steps; where `{out}` stands, the folder and name of its files goes.
         None: not in this suite.
       paper: of the suite that takes hours.
@@ -57,7 +57,7 @@ class Exhibit(NamedTuple):
     """
 
     shows: str
-    script: str
+    module: str
     smoke: str | None
     paper: str | None
     full: str | None
@@ -65,37 +65,31 @@ class Exhibit(NamedTuple):
     minutes: float
     figures: Mapping[str, str] = types.MappingProxyType({})
 
-    @property
-    def place(self) -> str:
-        """What Python is told to run, in the folder above this one."""
-        path = Path("benchmarks", self.script)
-        return f"-m {'.'.join(path.parent.parts)}" if path.stem == "__main__" else str(path)
-
     def arguments(self, suite: str) -> str | None:
         """Of a suite; None where it has no part of it."""
         return {"smoke": self.smoke, "paper": self.paper, "full": self.full}[suite]
 
 
 def _sized(
-    shows: str, script: str, report: str, minutes: float, figures: Mapping[str, str]
+    shows: str, module: str, report: str, minutes: float, figures: Mapping[str, str]
 ) -> Exhibit:
     """A script with rows in one file, `--quick` and `--full`."""
     rows = "--out {out}.jsonl"
     quick, full = f"{rows} --quick", f"{rows} --full"
-    return Exhibit(shows, script, quick, rows, full, f"{rows} {report}", minutes, figures)
+    return Exhibit(shows, module, quick, rows, full, f"{rows} {report}", minutes, figures)
 
 
 EXHIBITS: dict[str, Exhibit] = {
     "quadratic": _sized(
         "Figure 1",
-        "quadratic_fit.py",
+        "paper.quadratic_fit",
         "--report --figure {out}.png",
         1,
         {"quadratic.png": "quadratic-fit.png"},
     ),
     "toys": Exhibit(
         "Figure 2",
-        "toys.py",
+        "paper.toys",
         "--out {out}.png",
         "--out {out}.png",
         "--out {out}.png",
@@ -105,7 +99,7 @@ EXHIBITS: dict[str, Exhibit] = {
     ),
     "multitask": Exhibit(
         "Figures 3 and 4",
-        "multitask.py",
+        "paper.multitask",
         "--out {out} --quick",
         "--out {out} --seeds 3",
         "--out {out} --seeds 5 --steps 1000",
@@ -114,18 +108,22 @@ EXHIBITS: dict[str, Exhibit] = {
         {"multitask/yeast/influence-Hi-DLR.png": "yeast-influence.png"},
     ),
     "nam": _sized(
-        "Figures 5, 11 and 12", "nam.py", "--report --figure {out}.png", 40, {"nam.png": "nam.png"}
+        "Figures 5, 11 and 12",
+        "paper.nam",
+        "--report --figure {out}.png",
+        40,
+        {"nam.png": "nam.png"},
     ),
     "lora_toy": _sized(
         "Figure 13",
-        "lora_toy.py",
+        "paper.lora_toy",
         "--report --figure {out}.png",
         10,
         {"lora_toy.png": "lora-toy.png"},
     ),
     "wall_clock": Exhibit(
         "Figure 14",
-        "overhead.py",
+        "cost.overhead",
         "--out {out}.json --quick",
         "--out {out}.json --problems transformer --groups 1 3"
         " --rules hidlr 'first version, one at a time'",
@@ -135,7 +133,7 @@ EXHIBITS: dict[str, Exhibit] = {
     ),
     "fine_tuning": Exhibit(
         "Tables 1 and 2, frozen lower layers",
-        "finetuning.py",
+        "finetune.frozen",
         None,
         "--out {out}.jsonl --seeds 3 --methods 'hidlr, cosine' {data}",
         "--out {out}.jsonl --seeds 5 {data}",
@@ -144,7 +142,7 @@ EXHIBITS: dict[str, Exhibit] = {
     ),
     "vision": Exhibit(
         "Table 1, DINOv2 as a whole",
-        "finetune_vision.py",
+        "finetune.vision",
         "--out {out} --quick",
         None,
         "--out {out} --seeds 3",
@@ -153,7 +151,7 @@ EXHIBITS: dict[str, Exhibit] = {
     ),
     "text": Exhibit(
         "Table 2, MiniLM by LoRA",
-        "finetune_text.py",
+        "finetune.text",
         "--out {out} --quick",
         None,
         "--out {out} --seeds 3 {glue}",
@@ -162,7 +160,7 @@ EXHIBITS: dict[str, Exhibit] = {
     ),
     "influence": Exhibit(
         "Figures 6 and 7, Tables 3 and 4",
-        "adaptive_peft.py",
+        "paper.influence",
         "--out {out} --quick",
         "--out {out} --steps 60 {e2e}",
         "--out {out} {e2e}",
@@ -176,7 +174,7 @@ EXHIBITS: dict[str, Exhibit] = {
     ),
     "rivals": Exhibit(
         "rivals, schedules and performance profile",
-        "robustness.py",
+        "rule.robustness",
         "--out {out}.jsonl --suite smoke --figure {out}.png",
         "--out {out}.jsonl --suite paper",
         "--out {out}.jsonl",
@@ -186,17 +184,17 @@ EXHIBITS: dict[str, Exhibit] = {
     ),
     "units": Exhibit(
         "groups with different units",
-        "units/__main__.py",
+        "units",
         "predator_prey --methods hidlr --seeds 1 --out {out}.jsonl",
         "--out {out}.jsonl",
         "--out {out}.jsonl",
         None,
         40,
     ),
-    "ablations": _sized("what reviewers asked for", "ablations.py", "--report", 25, {}),
+    "ablations": _sized("what reviewers asked for", "rule.ablations", "--report", 25, {}),
     "scripts": Exhibit(
         "public training scripts",
-        "real_scripts.py",
+        "scripts.compare",
         "--out {out}.jsonl --quick --scripts vae pinn",
         None,
         "--out {out}.jsonl --seeds 3",
@@ -250,10 +248,11 @@ class Outcome(NamedTuple):
 
 
 def command(name: str, arguments: str, paths: Paths) -> list[str]:
-    """What runs the script of an exhibit."""
+    """What runs the module of an exhibit."""
     out = shlex.quote(str(paths.out.resolve() / name))
     filled = arguments.format(out=out, **paths.options())
-    return [sys.executable, *EXHIBITS[name].place.split(), *shlex.split(filled)]
+    module = f"benchmarks.{EXHIBITS[name].module}"
+    return [sys.executable, "-m", module, *shlex.split(filled)]
 
 
 def execute(words: list[str], name: str, paths: Paths) -> int:
@@ -319,7 +318,7 @@ def publish(suite: str, names: list[str], paths: Paths, page: Path, docs: Path) 
         shown = [line for line in paths.tables(name).read_text().splitlines() if where not in line]
         arguments = (exhibit.arguments(suite) or "").format(out=name, data="…", glue="…", e2e="…")
         head = f"## {name}: {exhibit.shows}"
-        how = f"`python {exhibit.place} {arguments}`, {minutes[name]:.0f} minutes."
+        how = f"`python -m benchmarks.{exhibit.module} {arguments}`, {minutes[name]:.0f} minutes."
         parts.append("\n\n".join([head, how, "\n".join(shown).strip()]))
         for file, published in exhibit.figures.items():
             shutil.copy(paths.out / file, docs / published)

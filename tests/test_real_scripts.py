@@ -3,7 +3,8 @@
 import textwrap
 
 import pytest
-import real_scripts
+
+from benchmarks.scripts import compare as real_scripts
 
 MODULE = textwrap.dedent('''
     """Two scripts."""

@@ -5,21 +5,19 @@ import json
 import math
 import zipfile
 
-import data
-import finetune_text
 import jax
 import jax.numpy as jnp
-import language
 import numpy as np
 import optax
-import pretrained
 import pytest
-import training
 from flax import nnx
-from store import Log
 from support import promoting
 
 import hidlr_optax as hd
+from benchmarks.finetune import text as finetune_text
+from benchmarks.kit import training
+from benchmarks.kit.store import Log
+from benchmarks.problems import data, language, pretrained
 
 
 def _write(path, text):

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 import hidlr_optax as hd
-from benchmarks import store
+from benchmarks.kit import store
 
 from . import more, problems
 from .problems import Problem

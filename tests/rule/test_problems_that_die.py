@@ -2,15 +2,15 @@
 
 import functools
 
-import hard_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import workloads
 
 import hidlr_optax as hd
+from benchmarks.problems import small as workloads
+from benchmarks.rule import hard_cases
 
 
 @pytest.fixture(scope="module")
