@@ -19,11 +19,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
-from flax import nnx
 
 import hidlr_optax as hd
-from benchmarks.kit.costs import Problem, Program, bare, behind_adamw, milliseconds, program
+from benchmarks.kit.costs import Program, bare, behind_adamw, milliseconds, program
+from benchmarks.kit.loop import Problem
 from benchmarks.kit.tables import markdown
 from benchmarks.problems import data
 from benchmarks.problems.models import gpt
@@ -66,23 +65,11 @@ OTHERS = [
 ]
 
 
-def language_model(config: gpt.Config, size: int, dtype: Any = jnp.bfloat16) -> Problem:
+def language_model(config: gpt.Config, size: int, dtype: Any) -> Problem:
     """Parameters and the loss in float32, activations in `dtype`."""
-    model = gpt.GPT(config, nnx.Rngs(0))
-    parts: list[Any] = [module for _, module in nnx.iter_modules(model)]
-    for part in parts:
-        if hasattr(part, "dtype"):
-            part.dtype = dtype
-    graph, params = nnx.split(model)
-
-    def outputs(params: Any, tokens: jax.Array) -> jax.Array:
-        return nnx.merge(graph, params)(tokens[:, :-1]).astype(jnp.float32)
-
-    def output_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-
+    params, loss = gpt.as_functions(config, dtype=dtype)
     tokens = jnp.asarray(data.help_bytes(16, size, config.positions))
-    return Problem(nnx.to_pure_dict(params), outputs, output_loss, tokens)
+    return Problem(lambda _: params, loss, CYCLE, {"train": tokens})
 
 
 def compiled(setting: Setting, problem: Problem) -> tuple[Program, Program | None]:
@@ -93,7 +80,8 @@ def compiled(setting: Setting, problem: Problem) -> tuple[Program, Program | Non
     """
     if setting.groups == 0:
         return program(bare(), problem), None
-    labels = hd.label_by_depth(problem.params, setting.groups) if setting.groups > 1 else "all"
+    params = problem.init(jax.random.key(0))
+    labels = hd.label_by_depth(params, setting.groups) if setting.groups > 1 else "all"
     rule = setting.rule(problem.loss, labels, update_interval=setting.interval)
     tx = behind_adamw(rule)
     between = program(tx, problem, refresh=False) if setting.programs == 2 else None

@@ -10,6 +10,7 @@ The paper's estimate is a relative speed of 1/(1 + 4K/3Φ).
 """
 
 import argparse
+import functools
 import json
 import platform
 from collections.abc import Callable
@@ -20,21 +21,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from tqdm import tqdm
 
 import hidlr_optax as hd
 from benchmarks.kit.costs import (
     FINDING,
-    Problem,
     bare,
     behind_adamw,
     beside,
     fixed_refreshes,
     looks,
+    nth,
     program,
     refreshes,
 )
+from benchmarks.kit.loop import Problem
 from benchmarks.kit.tables import markdown
 from benchmarks.problems import data
 from benchmarks.problems.models import gpt
@@ -47,17 +48,9 @@ LENGTHS = (1000, 10_000, 100_000)  # of runs, for what the default adds to their
 
 def transformer(size: int = 8) -> Problem:
     """Six layers, 128 wide, on Python's help texts byte by byte: 1.3 million parameters."""
-    graph, params = nnx.split(gpt.GPT(gpt.Config(256, 64, 128, 6, 4), nnx.Rngs(0)))
-
-    def outputs(params: Any, tokens: jax.Array) -> jax.Array:
-        return nnx.merge(graph, params)(tokens[:, :-1])
-
-    def output_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-
-    return Problem(
-        nnx.to_pure_dict(params), outputs, output_loss, jnp.asarray(data.help_bytes(8, size, 64))
-    )
+    params, loss = gpt.as_functions(gpt.Config(256, 64, 128, 6, 4))
+    tokens = jnp.asarray(data.help_bytes(8, size, 64))
+    return Problem(lambda _: params, loss, STEPS, {"train": tokens})
 
 
 def cnn(size: int = 32) -> Problem:
@@ -87,17 +80,16 @@ def cnn(size: int = 32) -> Problem:
         )
         return jax.nn.relu(made + layer["bias"])
 
-    def outputs(params: Any, batch: Any) -> jax.Array:
-        x = batch[0]
+    def loss(params: Any, batch: Any) -> jax.Array:
+        x, answers = batch
         for name in sorted(shapes)[:-1]:
             after = convolved(params[name], x, 2 if name in ("conv_00", "conv_10") else 1)
             x = x + after if after.shape == x.shape else after
-        return x.mean((1, 2)) @ params["head"]["kernel"] + params["head"]["bias"]
+        logits = x.mean((1, 2)) @ params["head"]["kernel"] + params["head"]["bias"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, answers).mean()
 
-    def output_loss(logits: jax.Array, batch: Any) -> jax.Array:
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
-
-    return Problem(params, outputs, output_loss, (images, jnp.asarray(digits[rows], jnp.int32)))
+    batches = images, jnp.asarray(digits[rows], jnp.int32)
+    return Problem(lambda _: params, loss, STEPS, {"train": batches})
 
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {"transformer": transformer, "CNN": cnn}
@@ -142,7 +134,7 @@ def measure(
     name: str, groups: int, problem: Problem, base: Any, repeats: int, cycle: int
 ) -> dict[str, Any]:
     """One row: a rule with K groups, beside the base optimizer's program."""
-    tx = behind_adamw(RULES[name](problem, neighbours(problem.params, groups)))
+    tx = behind_adamw(RULES[name](problem, functools.partial(neighbours, groups=groups)))
     with_refresh, without = program(tx, problem), program(tx, problem, refresh=False)
     times = [beside(base, p, problem, repeats, cycle) for p in (with_refresh, without)]
     slow, fast = (1 / time.relative_speed for time in times)
@@ -174,7 +166,7 @@ def default_flops(groups: int, problem: Problem, base: Any) -> dict[tuple[int, i
 
     Its looks at the loss, the inner products of every refresh, and the one of every step.
     """
-    params, batch = problem.params, problem.batch(0)
+    params, batch = problem.init(jax.random.key(0)), nth(problem, 0)
     forward, gradient = (flops(fn, params, batch) for fn in (problem.loss, jax.grad(problem.loss)))
     product = 2 * sum(map(np.size, jax.tree.leaves(params)))
     whole = base.step.cost_analysis()["flops"]

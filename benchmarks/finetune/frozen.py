@@ -25,12 +25,19 @@ import optax
 from tqdm import tqdm
 
 import hidlr_optax as hd
-from benchmarks.kit import training
-from benchmarks.kit.rivals import AVERAGED, OTHERS, averaged, keeping_average, last
+from benchmarks.kit.loop import (
+    AVERAGED,
+    SCHEDULES,
+    Method,
+    Problem,
+    averaging,
+    plain,
+    train,
+)
+from benchmarks.kit.rivals import OTHERS
 from benchmarks.kit.store import Job, Row, Store, shard
 from benchmarks.kit.tables import markdown, mean_sd
 from benchmarks.problems.pretrained import HELD_BACK, UNSCORED, Source, available
-from benchmarks.problems.small import Workload, plain, train
 
 BASELINE = "AdamW, tuned"
 CHECKS = 4  # how often a run is evaluated
@@ -38,13 +45,13 @@ FINALISTS = (3, 2)  # settings that run with seed 1, and with all others after i
 FIELDS = ("method", "case", "rate")
 WHEN = {"last": "", "best validation": "best "}  # the step to judge by, and its prefix in the rows
 
-Factory = Callable[[Workload, Any], Any]  # (workload, labels) -> transformation
+Factory = Callable[[Problem, Any], Any]  # (problem, labels) -> transformation
 
 
 def _hidlr(schedule: str = "constant", one: bool = False, **settings: Any) -> Factory:
-    def make(workload: Workload, labels: Any) -> Any:
-        defaults: dict[str, Any] = {"schedule": training.SCHEDULES[schedule](workload.steps)}
-        return hd.hidlr(workload.loss, "all" if one else labels, **defaults | settings)
+    def make(problem: Problem, labels: Any) -> Any:
+        defaults: dict[str, Any] = {"schedule": SCHEDULES[schedule](problem.steps)}
+        return hd.hidlr(problem.loss, "all" if one else labels, **defaults | settings)
 
     return make
 
@@ -66,7 +73,7 @@ class Family(NamedTuple):
 
     Attributes:
       method: its name.
-      schedule: a key of `training.SCHEDULES`.
+      schedule: a key of `SCHEDULES`.
       group: whose rate is multiplied.
       times: by what.
     """
@@ -91,21 +98,16 @@ class Bench(NamedTuple):
     """The workloads and where their runs are kept; each is made when it is first asked for.
 
     Attributes:
-      load: name of a case -> the workload.
+      load: name of a case -> the problem.
       rates: name of a case -> AdamW's.
       store: of the runs.
       seeds: how many.
     """
 
-    load: Callable[[str], Workload]
+    load: Callable[[str], Problem]
     rates: dict[str, tuple[float, ...]]
     store: Store
     seeds: int
-
-
-def labels_of(workload: Workload) -> Any:
-    """The groups of a case."""
-    return next(iter(workload.groupings.values()))
 
 
 def given_rates(labels: Any, rates: dict[str, jax.Array]) -> optax.GradientTransformation:
@@ -119,40 +121,39 @@ def given_rates(labels: Any, rates: dict[str, jax.Array]) -> optax.GradientTrans
     return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
 
 
-def trained(workload: Workload, make: Callable[..., Any], evaluated: Any = last) -> Any:
+def trained(problem: Problem, make: Callable[..., Method]) -> Any:
     """A compiled run, (key, *args) -> its results; `make` builds the optimizer from the args."""
 
     @jax.jit
     def run(splits: Any, key: jax.Array, *args: Any) -> Any:
-        here = workload._replace(splits=splits)  # as an argument, not as a constant of the program
-        ends = "validation", "test"
-        return train(here, make(*args), key, evaluated, CHECKS, ends)[0]
+        here = problem._replace(splits=splits)  # as an argument, not as a constant of the program
+        return train(here, make(*args), key, CHECKS, ("validation", "test"))[0]
 
-    return lambda key, *args: plain(run(workload.splits, key, *args))
+    return lambda key, *args: plain(run(problem.splits, key, *args))
 
 
 def tuner(bench: Bench) -> Callable[[str, str, float], Job]:
     """(case, method, rate) -> the job; all of a case share one compilation."""
 
     @functools.cache
-    def compiled(case: str) -> tuple[Workload, Any, list[str]]:
-        workload = bench.load(case)
-        labels = labels_of(workload)
-        shapes = jax.eval_shape(workload.init, jax.random.key(0))
+    def compiled(case: str) -> tuple[Problem, Any, list[str]]:
+        problem = bench.load(case)
+        labels = problem.labels
+        shapes = jax.eval_shape(problem.init, jax.random.key(0))
         names = sorted(set(jax.tree.leaves(labels(shapes))))
 
-        def make(rates: dict[str, jax.Array]) -> Any:
-            return optax.chain(optax.adamw(1.0), given_rates(labels, rates))
+        def make(rates: dict[str, jax.Array]) -> Method:
+            return Method(optax.chain(optax.adamw(1.0), given_rates(labels, rates)))
 
-        return workload, trained(workload, make), names
+        return problem, trained(problem, make), names
 
     def job(case: str, method: str, rate: float) -> Job:
         family = TUNED[method]
 
         def execute(seed: int) -> list[Row]:
-            workload, run, names = compiled(case)
-            schedule = training.SCHEDULES[family.schedule](workload.steps)
-            curve = rate * jax.vmap(lambda n: jnp.asarray(schedule(n)))(jnp.arange(workload.steps))
+            problem, run, names = compiled(case)
+            schedule = SCHEDULES[family.schedule](problem.steps)
+            curve = rate * jax.vmap(lambda n: jnp.asarray(schedule(n)))(jnp.arange(problem.steps))
             curves = {n: curve * (family.times if n == family.group else 1) for n in names}
             return [run(jax.random.key(seed), curves)]
 
@@ -230,40 +231,30 @@ def tune(bench: Bench, cases: list[str]) -> None:
                 bench.store.result(job(case, *setting), seed)
 
 
-def rule_job(bench: Bench, case: str, method: str) -> Job:
-    """A rule on a case."""
+def untuned_job(bench: Bench, case: str, method: str) -> Job:
+    """A rule, or an optimizer without a learning rate, on a case."""
 
     @functools.cache
     def compiled() -> Any:
-        workload = bench.load(case)
-        tx = optax.chain(optax.adamw(1.0), RULES[method](workload, labels_of(workload)))
-        if method.endswith(AVERAGED):
-            return trained(workload, lambda: keeping_average(tx), averaged)
-        return trained(workload, lambda: tx)
+        problem = bench.load(case)
+        if method in OTHERS:
+            return trained(problem, lambda: OTHERS[method](problem.steps))
+        rule = RULES[method](problem, problem.labels)
+        made = Method(optax.chain(optax.adamw(1.0), rule))
+        return trained(problem, lambda: averaging(made) if method.endswith(AVERAGED) else made)
 
-    execute = lambda seed: [compiled()(jax.random.key(seed))]  # noqa: E731
-    return Job({"method": method, "case": case}, execute)
+    def execute(seed: int) -> list[Row]:
+        return [compiled()(jax.random.key(seed))]
 
-
-def other_job(bench: Bench, case: str, method: str) -> Job:
-    """An optimizer without a learning rate on a case."""
-
-    @functools.cache
-    def compiled() -> Any:
-        workload, rival = bench.load(case), OTHERS[method]
-        return trained(workload, lambda: rival.make(workload.steps), rival.evaluated)
-
-    execute = lambda seed: [compiled()(jax.random.key(seed))]  # noqa: E731
     return Job({"method": method, "case": case}, execute)
 
 
 def untuned(bench: Bench, cases: list[str], methods: list[str] | None) -> Iterator[Job]:
     """Rules and rivals."""
     for case in cases:
-        for make, names in ((rule_job, RULES), (other_job, OTHERS)):
-            for name in names:
-                if methods is None or name in methods:
-                    yield make(bench, case, name)
+        for name in (*RULES, *OTHERS):
+            if methods is None or name in methods:
+                yield untuned_job(bench, case, name)
 
 
 def run(bench: Bench, cases: list[str], methods: list[str] | None, part: slice) -> None:
@@ -396,9 +387,9 @@ def main() -> None:
     cases = {n: c for n, c in available(source).items() if args.cases is None or n in args.cases}
 
     @functools.cache
-    def load(name: str) -> Workload:
-        workload = cases[name].make(source)
-        return workload._replace(steps=2 * CHECKS) if args.quick else workload
+    def load(name: str) -> Problem:
+        problem = cases[name].make(source)
+        return problem._replace(steps=2 * CHECKS) if args.quick else problem
 
     store = Store(args.out, FIELDS, "finetuning-baselines.jsonl.gz")
     rates = {name: case.rates for name, case in cases.items()}

@@ -20,6 +20,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 import hidlr_optax as hd
 from benchmarks.kit import training
+from benchmarks.kit.loop import SCHEDULES, Method, averaging
 from benchmarks.problems import data
 from benchmarks.problems.models import bert, lora
 
@@ -114,15 +115,15 @@ def make_task(
     return training.Task(build, lora.TRAINED, loss_fn, batch, evaluate)
 
 
-def methods(steps: int) -> list[training.Method]:
+def methods(steps: int) -> list[Method]:
     """Tuned baselines, and rules that need no tuning."""
     given = optax.chain(optax.adamw(1.0), training.given_rates(hd.label_by_role))
     one: dict[str, float] = dict.fromkeys(("lora_A", "lora_B", "head"), 1.0)
     found = training.baselines(GRID, steps, given, one)
     plus = one | {"lora_B": LORA_PLUS}
     found += training.tuned("LoRA+, warm-up", "warm-up", LOWER, steps, given, plus)
-    cosine: dict[str, Any] = {"schedule": training.SCHEDULES["cosine"](steps)}
-    warm: dict[str, Any] = {"schedule": training.SCHEDULES["warm-up"](steps)}
+    cosine: dict[str, Any] = {"schedule": SCHEDULES["cosine"](steps)}
+    warm: dict[str, Any] = {"schedule": SCHEDULES["warm-up"](steps)}
     rules = {
         "Hi-ULR, cosine": hd.hiulr(None, **cosine),
         "Hi-DLR": hd.hidlr(None, hd.label_by_role),
@@ -130,7 +131,7 @@ def methods(steps: int) -> list[training.Method]:
         "Hi-DLR, warm-up": hd.hidlr(None, hd.label_by_role, **warm),
     }
     untuned = training.untuned(rules)
-    return found + untuned + training.averaging([m for m in untuned if m.name == "Hi-DLR"])
+    return found + untuned + [averaging(m) for m in untuned if m.name == "Hi-DLR"]
 
 
 def main() -> None:

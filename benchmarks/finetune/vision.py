@@ -20,6 +20,7 @@ from flax import nnx
 
 import hidlr_optax as hd
 from benchmarks.kit import training
+from benchmarks.kit.loop import SCHEDULES, Method, averaging
 from benchmarks.problems import data
 from benchmarks.problems.models import vit
 
@@ -81,12 +82,12 @@ def make_task(splits: dict[str, data.Images], image_size: int) -> training.Task:
     return training.Task(build, nnx.Param, loss_fn, batch, evaluate)
 
 
-def methods(steps: int) -> list[training.Method]:
+def methods(steps: int) -> list[Method]:
     """Tuned baselines, and rules that need no tuning."""
     given = optax.chain(optax.adamw(1.0), training.given_rates(training.label_all))
     found = training.baselines(GRID, steps, given, {"all": 1.0})
-    cosine: dict[str, Any] = {"schedule": training.SCHEDULES["cosine"](steps)}
-    warm: dict[str, Any] = {"schedule": training.SCHEDULES["warm-up"](steps)}
+    cosine: dict[str, Any] = {"schedule": SCHEDULES["cosine"](steps)}
+    warm: dict[str, Any] = {"schedule": SCHEDULES["warm-up"](steps)}
     rules = {
         "Hi-ULR": hd.hiulr(None),
         "Hi-ULR, cosine": hd.hiulr(None, **cosine),
@@ -97,7 +98,7 @@ def methods(steps: int) -> list[training.Method]:
         rules[f"Hi-DLR {group}/rest, cosine"] = hd.hidlr(None, labels, **cosine)
         rules[f"Hi-DLR {group}/rest, warm-up"] = hd.hidlr(None, labels, **warm)
     untuned = training.untuned(rules)
-    return found + untuned + training.averaging([m for m in untuned if m.name == "Hi-ULR"])
+    return found + untuned + [averaging(m) for m in untuned if m.name == "Hi-ULR"]
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 import optax
 
 import hidlr_optax as hd
+from benchmarks.kit.loop import Problem, stepper
 
 FINDING = 20  # steps with a refresh at each
 WARM = FINDING + 1  # steps before the clock starts: every branch has run
@@ -58,28 +58,9 @@ def probe_looks(probes: Any, warmup: int, groups: int, interval: int, steps: int
     return Looks(probes.forward_passes(groups) * fixed_refreshes(interval, steps, warmup))
 
 
-class Problem(NamedTuple):
-    """What is trained.
-
-    Attributes:
-      params: to begin with.
-      outputs: (params, batch) -> of the model.
-      output_loss: (outputs, batch) -> scalar.
-      data: batches, stacked.
-    """
-
-    params: Any
-    outputs: Callable[[Any, Any], Any]
-    output_loss: Callable[[Any, Any], jax.Array]
-    data: Any
-
-    def loss(self, params: Any, batch: Any) -> jax.Array:
-        """Of a batch."""
-        return self.output_loss(self.outputs(params, batch), batch)
-
-    def batch(self, n: int) -> Any:
-        """The n-th, over and over."""
-        return jax.tree.map(lambda leaf: leaf[n % len(leaf)], self.data)
+def nth(problem: Problem, n: int) -> Any:
+    """The n-th of the stacked batches of a problem, over and over."""
+    return jax.tree.map(lambda leaf: leaf[n % len(leaf)], problem.everything)
 
 
 class Program(NamedTuple):
@@ -107,17 +88,11 @@ def behind_adamw(rule: Any) -> optax.GradientTransformationExtraArgs:
 
 def program(tx: optax.GradientTransformationExtraArgs, problem: Problem, **static: Any) -> Program:
     """Traces and compiles a step; `static` keywords are handed to `update`."""
-
-    def step(params: Any, state: Any, batch: Any) -> Any:
-        value, grad = jax.value_and_grad(problem.loss)(params, batch)
-        told = {"batch": batch, "value": value, "grad": grad} | static
-        updates, state = tx.update(grad, state, params, **told)
-        return optax.apply_updates(params, updates), state, value
-
-    state = tx.init(problem.params)
+    step, params = stepper(problem.loss, tx, **static), problem.init(jax.random.key(0))
+    state = tx.init(params)
     start = time.perf_counter()
     jitted = jax.jit(step, donate_argnums=(0, 1))
-    compiled = jitted.lower(problem.params, state, problem.batch(0)).compile()
+    compiled = jitted.lower(params, state, nth(problem, 0)).compile()
     return Program(compiled, state, time.perf_counter() - start)
 
 
@@ -140,8 +115,8 @@ def milliseconds(
       interval: from refresh to refresh.
     """
     # Copies, since both are donated.
-    params, state = jax.tree.map(jnp.copy, (problem.params, compiled.state))
-    batches = [problem.batch(n) for n in range(max(cycle, WARM))]  # slicing is no part of a step
+    params, state = jax.tree.map(jnp.copy, (problem.init(jax.random.key(0)), compiled.state))
+    batches = [nth(problem, n) for n in range(max(cycle, WARM))]  # slicing is no part of a step
     found, value, count = [], jnp.zeros(()), 0
     for steps in (WARM, *[cycle] * repeats):
         jax.block_until_ready((params, state))

@@ -7,18 +7,18 @@ a gate. `OTHERS` bring a step of their own, set as their authors recommend.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 import hidlr_optax as hd
+from benchmarks.kit.loop import Method, averaging
 
 SMOOTHING = 0.9
 LEAST_FIT = 0.99  # R² under which a fit is thrown away
 CLAMP = 10.0  # how far from the current rate the minimum of a fit may lie
-AVERAGED = ", averaged parameters"  # after the name of what is judged by them
 _DRAWS = hd.paper.probes("gaussian", per_group=4, batch_size=1)
 
 
@@ -68,99 +68,46 @@ def gen_hidlr(loss_fn: Any, param_labels: Any, **settings: Any) -> Any:
     )
 
 
-def line_search(loss_fn: Callable[..., jax.Array]) -> optax.GradientTransformationExtraArgs:
+def line_search() -> optax.GradientTransformationExtraArgs:
     """Gradient descent with Optax's backtracking line search, for losses without noise.
 
     It takes the place of the updates that it is given.
-
-    Args:
-      loss_fn: (params, batch) -> scalar.
     """
     search = optax.scale_by_backtracking_linesearch(max_backtracking_steps=40, decrease_factor=0.5)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         del updates
-        batch, value, grad = (extra.get(name) for name in ("batch", "value", "grad"))
-        known = {"value": value, "grad": grad, "value_fn": lambda p: loss_fn(p, batch)}
-        return search.update(jax.tree.map(jnp.negative, grad), state, params, **known)
+        known = {name: extra[name] for name in ("value", "grad", "value_fn")}
+        return search.update(jax.tree.map(jnp.negative, extra["grad"]), state, params, **known)
 
     return optax.GradientTransformationExtraArgs(search.init, update)
-
-
-class Rival(NamedTuple):
-    """An optimizer that sets its own step.
-
-    Attributes:
-      make: steps of the run -> the transformation.
-      evaluated: (state, params) -> the parameters to judge by.
-    """
-
-    make: Callable[[int], optax.GradientTransformationExtraArgs]
-    evaluated: Callable[[Any, Any], Any]
-
-
-def last(state: Any, params: Any) -> Any:
-    """The parameters of the last step, which all but averaging optimizers are judged by."""
-    del state
-    return params
-
-
-def keeping_average(tx: Any) -> optax.GradientTransformationExtraArgs:
-    """A transformation that keeps the average of the parameters beside its own state."""
-    tx = optax.with_extra_args_support(tx)
-
-    def init(params: Any) -> Any:
-        return tx.init(params), hd.averaging.start(params)
-
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        inner, average = state
-        updates, inner = tx.update(updates, inner, params, **extra)
-        after = optax.apply_updates(params, updates)
-        return updates, (inner, hd.averaging.accumulate(average, after))
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def averaged(state: Any, params: Any) -> Any:
-    """The average that `keeping_average` keeps, to judge a run by."""
-    del params
-    return state[-1].params
-
-
-def _rival(
-    make: Callable[[int], optax.GradientTransformation],
-    evaluated: Callable[[Any, Any], Any] = last,
-) -> Rival:
-    return Rival(lambda steps: optax.with_extra_args_support(make(steps)), evaluated)
 
 
 def _cosine(steps: int) -> optax.Schedule:
     return optax.cosine_decay_schedule(1.0, steps)
 
 
-OTHERS: dict[str, Rival] = {
+# Steps of the run -> the optimizer.
+OTHERS: dict[str, Callable[[int], Method]] = {
     # lr 1 for all networks: the README of konstmish/prodigy.
-    "Prodigy": _rival(lambda steps: optax.contrib.prodigy(1.0)),
+    "Prodigy": lambda steps: Method(optax.contrib.prodigy(1.0)),
     # "We also recommend using cosine annealing"; the safeguard is for warm-ups: same README.
-    "Prodigy, cosine": _rival(lambda steps: optax.contrib.prodigy(_cosine(steps))),
+    "Prodigy, cosine": lambda steps: Method(optax.contrib.prodigy(_cosine(steps))),
     # "Set the LR parameter to 1.0": the README of facebookresearch/dadaptation.
-    "D-Adaptation": _rival(lambda steps: optax.contrib.dadapt_adamw(1.0)),
+    "D-Adaptation": lambda steps: Method(optax.contrib.dadapt_adamw(1.0)),
     # "Use the same learning rate scheduler you would normally use on the problem": same README.
-    "D-Adaptation, cosine": _rival(lambda steps: optax.contrib.dadapt_adamw(_cosine(steps))),
+    "D-Adaptation, cosine": lambda steps: Method(optax.contrib.dadapt_adamw(_cosine(steps))),
     # reps_rel 1e-6, "must be combined with iterate averaging", γ = 8: formll/dog, README and code.
-    "DoG": _rival(
-        lambda steps: keeping_average(optax.contrib.dog(1.0, init_step=("heuristic", 1e-6))),
-        averaged,
-    ),
+    "DoG": lambda steps: averaging(Method(optax.contrib.dog(1.0, init_step=("heuristic", 1e-6)))),
     # lr 0.0025 is the default of facebookresearch/schedule_free, whose README recommends a warm-up.
-    "schedule-free AdamW": _rival(
-        lambda steps: optax.contrib.schedule_free_adamw(2.5e-3, warmup_steps=max(1, steps // 20)),
+    "schedule-free AdamW": lambda steps: Method(
+        optax.contrib.schedule_free_adamw(2.5e-3, warmup_steps=max(1, steps // 20)),
         optax.contrib.schedule_free_eval_params,
     ),
     # A schedule of peak 1 inside, λ = 0.01: google-research/mechanic, the code of arXiv 2306.00144.
-    "Mechanic, cosine": _rival(
-        lambda steps: optax.contrib.mechanize(optax.adamw(_cosine(steps)), weight_decay=1e-2)
+    "Mechanic, cosine": lambda steps: Method(
+        optax.contrib.mechanize(optax.adamw(_cosine(steps)), weight_decay=1e-2)
     ),
     # "For MomoAdam lr=1e-2 should work well", constant: the README of fabian-sp/MoMo.
-    "MoMo-Adam": _rival(lambda steps: optax.contrib.momo_adam(1e-2)),
+    "MoMo-Adam": lambda steps: Method(optax.contrib.momo_adam(1e-2)),
 }

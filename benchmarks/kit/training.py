@@ -22,13 +22,11 @@ import hidlr_optax as hd
 import hidlr_optax.flax
 import hidlr_optax.plot
 from benchmarks.kit.checkpoints import Checkpoints
-from benchmarks.kit.rivals import AVERAGED, averaged, keeping_average, last
+from benchmarks.kit.loop import SCHEDULES, Method, last
 from benchmarks.kit.store import Log
 from benchmarks.kit.tables import markdown, score
 
 _NOT_SETTINGS = ("out", "seeds", "methods", "checkpoint_every")  # may change between calls
-
-Rates = Callable[[int], Mapping[str, float]]
 
 
 class Task(NamedTuple):
@@ -50,24 +48,6 @@ class Task(NamedTuple):
     evaluate: Callable[[Any, str], dict[str, float]]
 
 
-class Method(NamedTuple):
-    """An optimizer.
-
-    Attributes:
-      name: unique.
-      family: of the methods that share it, only the best on validation data goes through all seeds.
-      tx: takes `rates` as an argument of its update, or finds its own.
-      rates: step -> `{label: rate}` for `tx`.
-      evaluated: (state of tx, parameters) -> the parameters to judge by.
-    """
-
-    name: str
-    family: str
-    tx: optax.GradientTransformationExtraArgs
-    rates: Rates = lambda step: {}
-    evaluated: Callable[[Any, Any], Any] = last
-
-
 def given_rates(param_labels: Callable[[Any], Any]) -> optax.GradientTransformationExtraArgs:
     """Multiplies the update of each group by `rates[label]`, an argument of `update`.
 
@@ -86,15 +66,6 @@ def given_rates(param_labels: Callable[[Any], Any]) -> optax.GradientTransformat
 def label_all(params: Any) -> Any:
     """One group."""
     return jax.tree.map(lambda _: "all", params)
-
-
-SCHEDULES: dict[str, Callable[[int], optax.Schedule]] = {
-    "constant": lambda steps: optax.constant_schedule(1.0),
-    "cosine": lambda steps: optax.cosine_decay_schedule(1.0, steps),
-    "warm-up": lambda steps: optax.warmup_cosine_decay_schedule(
-        0.0, 1.0, max(steps // 10, 1), steps
-    ),
-}
 
 
 def baselines(
@@ -134,7 +105,7 @@ def tuned(
         return {label: rate * factor * times for label, times in factors.items()}
 
     return [
-        Method(f"{name} {rate:g}", name, tx, lambda step, rate=rate: rates(rate, step))
+        Method(tx, last, f"{name} {rate:g}", name, lambda step, rate=rate: rates(rate, step))
         for rate in grid
     ]
 
@@ -142,16 +113,7 @@ def tuned(
 def untuned(rules: Mapping[str, optax.GradientTransformationExtraArgs]) -> list[Method]:
     """AdamW's direction with rules that find their own rates."""
     chains = {name: optax.chain(optax.adamw(1.0), rule) for name, rule in rules.items()}
-    return [Method(name, name, chain) for name, chain in chains.items()]
-
-
-def averaging(methods: Sequence[Method]) -> list[Method]:
-    """The same without a schedule, judged by the running average of their parameters."""
-    names = [method.name + AVERAGED for method in methods]
-    return [
-        Method(name, name, keeping_average(method.tx), method.rates, averaged)
-        for name, method in zip(names, methods, strict=True)
-    ]
+    return [Method(chain, last, name, name) for name, chain in chains.items()]
 
 
 def make_step(task: Task) -> Callable[..., dict[str, jax.Array]]:

@@ -26,6 +26,7 @@ import optax
 from matplotlib.figure import Figure
 
 import hidlr_optax as hd
+from benchmarks.kit.loop import Problem, watched
 from benchmarks.kit.rivals import line_search
 from benchmarks.kit.store import Job, Row, Store, arguments, rounded
 from benchmarks.kit.tables import finite_mean, markdown, mean_sd
@@ -52,15 +53,9 @@ class Examples(NamedTuple):
     targets: jax.Array
 
 
-class Toy(NamedTuple):
-    """c, (n,), and three splits."""
-
-    outer: jax.Array
-    splits: dict[str, Examples]
-
-
-def make(key: jax.Array, width: int) -> tuple[Toy, Any]:
+def problem_of(size: Size, key: jax.Array) -> Problem:
     """The problem, and the adapters to begin with."""
+    width = size.width
     inner, middle, outer, start, *parts = jax.random.split(key, 7)
     first = jax.random.normal(inner, (INPUTS, width)) / np.sqrt(INPUTS)
     second = jax.random.normal(middle, (width, width)) / np.sqrt(width)
@@ -75,60 +70,42 @@ def make(key: jax.Array, width: int) -> tuple[Toy, Any]:
         "A": jax.random.normal(start, (width, RANK)) / np.sqrt(width),
         "B": jnp.zeros((RANK, width)),
     }
-    return Toy(jax.random.normal(outer, (width,)) / np.sqrt(width), splits), adapters
+    last = jax.random.normal(outer, (width,)) / np.sqrt(width)
+
+    def loss(params: Any, batch: Examples) -> jax.Array:
+        adapted = batch.frozen + batch.hidden @ params["A"] @ params["B"]
+        return jnp.mean((jax.nn.relu(adapted) @ last - batch.targets) ** 2)
+
+    return Problem(lambda _: adapters, loss, size.steps, splits)
 
 
-def loss(toy: Toy, params: Any, batch: Examples) -> jax.Array:
-    """Mean squared error."""
-    adapted = batch.frozen + batch.hidden @ params["A"] @ params["B"]
-    return jnp.mean((jax.nn.relu(adapted) @ toy.outer - batch.targets) ** 2)
-
-
-Rule = Callable[[Any], optax.GradientTransformationExtraArgs]
-
-
-def given(rates: jax.Array) -> optax.GradientTransformationExtraArgs:
+def given(rates: jax.Array) -> optax.GradientTransformation:
     """Constant rates for A and B."""
-
-    def update(updates: Any, state: Any, params: Any = None, **unused: Any) -> Any:
-        del params, unused
-        return {"A": rates[0] * updates["A"], "B": rates[1] * updates["B"]}, state
-
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    return optax.stateless(
+        lambda updates, _: {"A": rates[0] * updates["A"], "B": rates[1] * updates["B"]}
+    )
 
 
-def train(rule: Callable[[Any], Any], size: Size, key: jax.Array) -> dict[str, jax.Array]:
+def train(rule: Any, size: Size, key: jax.Array) -> dict[str, jax.Array]:
     """One run: losses at the end, and rates and training losses on the way."""
-    toy, params = make(key, size.width)
-    value_fn = functools.partial(loss, toy)
-    tx = optax.chain(optax.adam(1.0), rule(value_fn))
-    batch = toy.splits["train"]
+    problem = problem_of(size, key)
 
-    def step(carry: Any, _: None) -> Any:
-        params, state = carry
-        value, grad = jax.value_and_grad(value_fn)(params, batch)
-        updates, state = tx.update(grad, state, params, batch=batch, value=value, grad=grad)
-        return (optax.apply_updates(params, updates), state), value
-
-    def part(carry: Any, _: None) -> Any:
-        carry, values = jax.lax.scan(step, carry, length=size.steps // CHECKS)
-        rates = optax.tree.get(carry[1], "group_learning_rates", default={"A": 0.0, "B": 0.0})
+    def look(kept: None, params: Any, state: Any, losses: jax.Array) -> Any:
+        del params
+        rates = optax.tree.get(state, "group_learning_rates", default={"A": 0.0, "B": 0.0})
         # Sorted by name: A and B, or one rate for both.
         now = jnp.stack([jnp.float32(list(rates.values())[place]) for place in (0, -1)])
-        return carry, (now, values[-1])
+        return kept, (now, losses[-1])
 
-    carry = params, tx.init(params)
-    (params, _), (rates, losses) = jax.lax.scan(part, carry, length=CHECKS)
-    ends = {name: value_fn(params, batch) for name, batch in toy.splits.items()}
+    tx = optax.chain(optax.adam(1.0), rule)
+    (params, _), _, (rates, losses) = watched(problem, tx, key, CHECKS, look)
+    ends = {name: problem.loss(params, batch) for name, batch in problem.splits.items()}
     return ends | {"rates": rates, "losses": losses}
 
 
 def constant_job(size: Size) -> Callable[[float, float], Job]:
     """Of two rates; all share one compilation."""
-
-    @functools.cache
-    def compiled() -> Any:
-        return jax.jit(lambda rates, key: train(lambda loss: given(rates), size, key))
+    compiled = functools.cache(lambda: jax.jit(lambda rates, key: train(given(rates), size, key)))
 
     def job(a: float, b: float) -> Job:
         def execute(seed: int) -> list[Row]:
@@ -139,7 +116,7 @@ def constant_job(size: Size) -> Callable[[float, float], Job]:
     return job
 
 
-def rule_job(method: str, rule: Rule, size: Size) -> Job:
+def rule_job(method: str, rule: Any, size: Size) -> Job:
     """Of a rule that finds its rates."""
     compiled = functools.cache(lambda: jax.jit(lambda key: train(rule, size, key)))
 
@@ -149,15 +126,15 @@ def rule_job(method: str, rule: Rule, size: Size) -> Job:
     return Job({"method": method, "rate_A": None, "rate_B": None} | size._asdict(), execute)
 
 
-def rules(steps: int) -> dict[str, Rule]:
+def rules(steps: int) -> dict[str, Any]:
     """Nothing tuned."""
     cosine = optax.cosine_decay_schedule(1.0, steps)
     return {
-        "hidlr": lambda loss: hd.hidlr(loss, LABELS),
-        "hidlr, cosine": lambda loss: hd.hidlr(loss, LABELS, schedule=cosine),
-        "one rate": lambda loss: hd.hiulr(loss),
-        "one rate, cosine": lambda loss: hd.hiulr(loss, schedule=cosine),
-        "backtracking line search": line_search,
+        "hidlr": hd.hidlr(None, LABELS),
+        "hidlr, cosine": hd.hidlr(None, LABELS, schedule=cosine),
+        "one rate": hd.hiulr(None),
+        "one rate, cosine": hd.hiulr(None, schedule=cosine),
+        "backtracking line search": line_search(),
     }
 
 

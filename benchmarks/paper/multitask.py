@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import hidlr_optax as hd
 from benchmarks.kit import training
+from benchmarks.kit.loop import Method
 from benchmarks.problems import data
 from benchmarks.problems.models import vit
 
@@ -148,7 +149,7 @@ def make_task(problem: Problem) -> training.Task:
     return training.Task(build, nnx.Param, loss_fn, batch, evaluate)
 
 
-def methods(steps: int) -> list[training.Method]:
+def methods(steps: int) -> list[Method]:
     """Tuned baselines, and rules that need no tuning."""
     given = optax.chain(optax.adamw(1.0), training.given_rates(training.label_all))
     found = training.baselines(GRID, steps, given, {"all": 1.0})

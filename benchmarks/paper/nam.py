@@ -30,10 +30,11 @@ from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
 
 import hidlr_optax as hd
-from benchmarks.kit import rivals
+from benchmarks.kit.loop import Method, Problem, watched
+from benchmarks.kit.rivals import OTHERS
 from benchmarks.kit.store import Job, Row, Store, arguments, rounded
 from benchmarks.kit.tables import finite_mean, markdown, mean_sd
-from benchmarks.problems import small as workloads
+from benchmarks.problems import small
 
 FIELDS = ("problem", "method", "rate", "epochs")
 BATCH, CHECKS, POINTS = 256, 20, 50
@@ -42,32 +43,25 @@ RIVALS += ("MoMo-Adam",)
 COUNTING = 6  # of the synthetic features
 
 
-class Problem(NamedTuple):
-    """What is trained.
+class Study(NamedTuple):
+    """What is trained, and how.
 
     Attributes:
-      splits: "train", "validation", "test" -> (x, y).
-      base: the optimizer, at rate one.
+      problem: its steps are set by the epochs.
       interval: Φ.
       grid: five rates.
       epochs: by default, of the paper, and of a quick run.
     """
 
-    splits: dict[str, tuple[jax.Array, jax.Array]]
-    base: Callable[[], optax.GradientTransformation]
+    problem: Problem
     interval: int
     grid: tuple[float, ...]
     epochs: tuple[int, int, int]
 
-    @property
-    def features(self) -> int:
-        """How many."""
-        return self.splits["train"][0].shape[1]
-
-    def steps(self, epochs: int) -> int:
-        """A multiple of the number of checks."""
-        batches = len(self.splits["train"][0]) // BATCH
-        return max(epochs * batches // CHECKS, 1) * CHECKS
+    def lasting(self, epochs: int) -> Problem:
+        """The problem for so many epochs: a multiple of the number of checks."""
+        batches = len(self.problem.everything[0]) // BATCH
+        return self.problem._replace(steps=max(epochs * batches // CHECKS, 1) * CHECKS)
 
 
 def shapes(x: np.ndarray) -> np.ndarray:
@@ -83,7 +77,7 @@ def shapes(x: np.ndarray) -> np.ndarray:
     return np.stack([*found, *[np.zeros_like(x)] * 4], axis=-1)
 
 
-def synthetic() -> Problem:
+def synthetic() -> Study:
     """Six functions and noise; what is known is known in `shapes`."""
     rng = np.random.default_rng(0)
     x = rng.uniform(-1, 1, (5000, 10)).astype(np.float32)
@@ -91,27 +85,26 @@ def synthetic() -> Problem:
     y = (parts.sum(1) + rng.normal(size=len(x))).astype(np.float32)
     cuts = {"train": slice(3000), "validation": slice(3000, 4000), "test": slice(4000, None)}
     splits = {name: (jnp.asarray(x[rows]), jnp.asarray(y[rows])) for name, rows in cuts.items()}
-    return Problem(splits, lambda: optax.sgd(1.0), 2, _rates(1e-3, 1e-1), (100, 100, 2))
+    return Study(_additive(splits, optax.sgd), 2, _rates(1e-3, 1e-1), (100, 100, 2))
 
 
-def housing() -> Problem:
+def housing() -> Study:
     """Standardised."""
-    x, y = workloads.housing()
-    splits = workloads.split((x, y))
-    return Problem(splits, lambda: optax.adam(1.0), 8, _rates(1e-4, 1e-2), (40, 200, 1))
+    splits = small.split(small.housing())
+    return Study(_additive(splits, optax.adam), 8, _rates(1e-4, 1e-2), (40, 200, 1))
 
 
 def _rates(lowest: float, highest: float) -> tuple[float, ...]:
     return tuple(float(f"{rate:.2g}") for rate in np.geomspace(lowest, highest, 5))
 
 
-PROBLEMS: dict[str, Callable[[], Problem]] = {"synthetic": synthetic, "housing": housing}
+STUDIES: dict[str, Callable[[], Study]] = {"synthetic": synthetic, "housing": housing}
 
 
 def init(key: jax.Array, features: int) -> Any:
     """One small network per feature, and β."""
     keys = jax.random.split(key, features)
-    nets = {f"f{k:02d}": workloads.mlp_init((1, 100, 50, 1), keys[k]) for k in range(features)}
+    nets = {f"f{k:02d}": small.mlp_init((1, 100, 50, 1), keys[k]) for k in range(features)}
     return nets | {"beta": jnp.zeros(())}
 
 
@@ -119,7 +112,7 @@ def contributions(params: Any, x: jax.Array) -> jax.Array:
     """f_k(x_k), (n, features)."""
     nets = [net for name, net in sorted(params.items()) if name != "beta"]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *nets)
-    return jax.vmap(workloads.mlp, (0, 1), 1)(stacked, x[..., None])[..., 0]
+    return jax.vmap(small.mlp, (0, 1), 1)(stacked, x[..., None])[..., 0]
 
 
 def loss(params: Any, batch: Any) -> jax.Array:
@@ -128,41 +121,24 @@ def loss(params: Any, batch: Any) -> jax.Array:
     return jnp.mean((contributions(params, x).sum(1) + params["beta"] - y) ** 2)
 
 
-Made = tuple[Any, Callable[[Any, Any], Any]]
+def _additive(splits: dict[str, Any], direction: Callable[[Any], Any]) -> Problem:
+    features = splits["train"][0].shape[1]
+    start = functools.partial(init, features=features)
+    groups = {"features": small.first_key}
+    return Problem(start, loss, 0, splits, BATCH, groupings=groups, direction=direction)
 
 
-def train(problem: Problem, steps: int, made: Made, key: jax.Array) -> dict[str, jax.Array]:
-    """One run: the curves of three splits and of the rates, influences, and the shapes at the end.
+def train(problem: Problem, method: Method, key: jax.Array) -> dict[str, jax.Array]:
+    """One run: curves of the losses, rates and influences, and the shapes at the end."""
 
-    Args:
-      problem: what.
-      steps: how long.
-      made: the optimizer, and (state, params) -> the parameters to judge by.
-      key: of start and batches.
-    """
-    tx, evaluated = optax.with_extra_args_support(made[0]), made[1]
-    start, order = jax.random.split(key)
-    params = init(start, problem.features)
-    train_x, train_y = problem.splits["train"]
-
-    def step(carry: Any, key: jax.Array) -> Any:
-        params, state = carry
-        rows = jax.random.randint(key, (BATCH,), 0, len(train_x))
-        batch = train_x[rows], train_y[rows]
-        value, grad = jax.value_and_grad(loss)(params, batch)
-        updates, state = tx.update(grad, state, params, batch=batch, value=value, grad=grad)
-        return (optax.apply_updates(params, updates), state), None
-
-    def part(carry: Any, keys: jax.Array) -> Any:
-        carry, _ = jax.lax.scan(step, carry, keys)
-        seen = evaluated(carry[1], carry[0])
+    def look(kept: None, params: Any, state: Any, losses: jax.Array) -> Any:
+        del losses
+        seen = method.evaluated(state, params)
         now = {name: loss(seen, batch) for name, batch in problem.splits.items()}
-        return carry, now | _watched(carry[1])
+        return kept, now | _watched(state)
 
-    carry = params, tx.init(params)
-    keys = jax.random.split(order, steps).reshape(CHECKS, -1)
-    (params, state), curves = jax.lax.scan(part, carry, keys)
-    seen = evaluated(state, params)
+    (params, state), _, curves = watched(problem, method.tx, key, CHECKS, look)
+    seen = method.evaluated(state, params)
     grid = jnp.linspace(-1, 1, POINTS)[:, None] * _reach(problem)
     refreshes = optax.tree.get(state, "refreshes", default=jnp.zeros((), jnp.int32))
     return curves | {"shapes": contributions(seen, grid), "refreshes": refreshes}
@@ -184,7 +160,7 @@ def _watched(state: Any) -> dict[str, jax.Array]:
 
 def _reach(problem: Problem) -> jax.Array:
     """The largest |x| of each feature, within three standard deviations."""
-    x = problem.splits["train"][0]
+    x = problem.everything[0]
     return jnp.minimum(jnp.abs(x).max(0), 3 * jnp.maximum(x.std(0), 1 / 3))
 
 
@@ -197,55 +173,38 @@ def schedules(steps: int) -> dict[str, Callable[[Any], Any]]:
     }
 
 
-def untuned(problem: Problem, steps: int) -> dict[str, Callable[[], Made]]:
+def untuned(problem: Problem, interval: int) -> dict[str, Callable[[], Method]]:
     """Everything that is given no rate."""
-    decay = schedules(steps)["cosine"]
+    cosine: dict[str, Any] = {"schedule": schedules(problem.steps)["cosine"]}
 
-    def behind(make: Callable[[], Any]) -> Callable[[], Made]:
-        return lambda: (optax.chain(problem.base(), make()), rivals.last)
+    def behind(rule: Any, labels: Any = problem.labels, **more: Any) -> Callable[[], Method]:
+        def make() -> Method:
+            made = rule(loss, labels, update_interval=interval, **more)
+            return Method(optax.chain(problem.direction(1.0), made))
 
-    shared: dict[str, Any] = {"update_interval": problem.interval}
-    dlr = functools.partial(hd.hidlr, loss, workloads.first_key, **shared)
-    ulr = functools.partial(hd.hiulr, loss, **shared)
-    paper = functools.partial(
-        hd.paper_hidlr,
-        loss,
-        workloads.first_key,
-        init_learning_rate=1e-3,
-        batch_size=1,
-        **shared,
-    )
-    first = functools.partial(
-        hd.paper.one_step,
-        loss,
-        workloads.first_key,
-        curvature=hd.paper.probes(batch_size=1),
-        **shared,
-    )
+        return make
+
     found = {
-        "hidlr": behind(dlr),
-        "hidlr, cosine": behind(functools.partial(dlr, schedule=decay)),
-        "one rate": behind(ulr),
-        "one rate, cosine": behind(functools.partial(ulr, schedule=decay)),
-        "Algorithm 1": behind(paper),
-        "first version": behind(first),
+        "hidlr": behind(hd.hidlr),
+        "hidlr, cosine": behind(hd.hidlr, **cosine),
+        "one rate": behind(hd.hidlr, "all"),
+        "one rate, cosine": behind(hd.hidlr, "all", **cosine),
+        "Algorithm 1": behind(hd.paper_hidlr, init_learning_rate=1e-3, batch_size=1),
+        "first version": behind(hd.paper.one_step, curvature=hd.paper.probes(batch_size=1)),
     }
-    for name in RIVALS:
-        rival = rivals.OTHERS[name]
-        found[name] = lambda rival=rival: (rival.make(steps), rival.evaluated)
-    return found
+    return found | {name: lambda make=OTHERS[name]: make(problem.steps) for name in RIVALS}
 
 
-def jobs(name: str, problem: Problem, epochs: int) -> list[Job]:
+def jobs(name: str, study: Study, epochs: int) -> list[Job]:
     """The grids, and the rules."""
-    steps = problem.steps(epochs)
+    problem = study.lasting(epochs)
 
     def tuned(schedule: str) -> Callable[[float], Job]:
-        factor = schedules(steps)[schedule]
+        factor = schedules(problem.steps)[schedule]
 
         def run(rate: jax.Array, key: jax.Array) -> Any:
-            parts = problem.base(), optax.scale_by_schedule(factor), optax.scale(rate)  # pyright: ignore[reportArgumentType]
-            return train(problem, steps, (optax.chain(*parts), rivals.last), key)
+            parts = problem.direction(1.0), optax.scale_by_schedule(factor), optax.scale(rate)  # pyright: ignore[reportArgumentType]
+            return train(problem, Method(optax.chain(*parts)), key)
 
         compiled = functools.cache(lambda: jax.jit(run))
 
@@ -255,14 +214,15 @@ def jobs(name: str, problem: Problem, epochs: int) -> list[Job]:
 
         return job
 
-    def given(method: str, make: Callable[[], Made]) -> Job:
-        compiled = functools.cache(lambda: jax.jit(lambda key: train(problem, steps, make(), key)))
+    def given(method: str, make: Callable[[], Method]) -> Job:
+        compiled = functools.cache(lambda: jax.jit(lambda key: train(problem, make(), key)))
         key = {"problem": name, "method": method, "rate": None, "epochs": epochs}
         return Job(key, lambda seed: [rounded(compiled()(jax.random.key(seed)), 6)])
 
-    compiled = map(tuned, schedules(steps))  # each once, for all rates
-    found = [job(rate) for job in compiled for rate in problem.grid]
-    return found + [given(method, make) for method, make in untuned(problem, steps).items()]
+    compiled = map(tuned, schedules(problem.steps))  # each once, for all rates
+    found = [job(rate) for job in compiled for rate in study.grid]
+    methods = untuned(problem, study.interval)
+    return found + [given(method, make) for method, make in methods.items()]
 
 
 Runs = dict[str, list[Row]]
@@ -329,7 +289,7 @@ def table(rows: list[Row], name: str) -> str:
 
 def draw(rows: list[Row], path: Path) -> None:
     """Per problem: test losses, rates and influences by group, and the shapes that were learned."""
-    names = [name for name in PROBLEMS if any(row["problem"] == name for row in rows)]
+    names = [name for name in STUDIES if any(row["problem"] == name for row in rows)]
     colours = list(TABLEAU_COLORS)
     figure = Figure(figsize=(16, 4 * len(names)), layout="constrained")
     grid = figure.subplots(len(names), 4, squeeze=False)
@@ -375,17 +335,17 @@ def main() -> None:
     """Parses the arguments."""
     told = {"full": "the epochs of the paper", "quick": "two epochs of a few methods"}
     args = arguments(__doc__, "nam.jsonl", **told, figure=True)
-    problems, seeds = (["synthetic"], 1) if args.quick else (list(PROBLEMS), args.seeds)
+    problems, seeds = (["synthetic"], 1) if args.quick else (list(STUDIES), args.seeds)
     store = Store(args.out, FIELDS)
     for name in problems if not args.report else ():
-        problem = PROBLEMS[name]()
-        epochs = problem.epochs[2 if args.quick else args.full]
-        wanted = jobs(name, problem, epochs)
+        study = STUDIES[name]()
+        epochs = study.epochs[2 if args.quick else args.full]
+        wanted = jobs(name, study, epochs)
         if args.quick:
             wanted = [job for job in wanted if job.key["method"] in ("cosine", "hidlr, cosine")]
         store.run(wanted, range(seeds), name)
     rows = store.rows()
-    for name in PROBLEMS:
+    for name in STUDIES:
         if any(row["problem"] == name for row in rows):
             print(f"\n{name}\n\n{table(rows, name)}")
     if rows and args.figure is not None:

@@ -8,7 +8,6 @@ Prodigy, D-Adaptation and a line search. Prints a table and draws one figure.
 """
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,66 +18,46 @@ import optax
 from matplotlib.figure import Figure
 
 import hidlr_optax as hd
+from benchmarks.kit.loop import Problem, watched
 from benchmarks.kit.rivals import line_search
+from benchmarks.kit.tables import markdown
+from benchmarks.problems import small
 
 STEPS = 100
 GRID = np.logspace(-7, 0, 43)  # six constant rates per decade
-LABELS = {"x": "x", "y": "y"}
-
-Point = dict[str, jax.Array]
-
-
-def ellipse(point: Point, batch: Any = None) -> jax.Array:
-    """x² + 100 y²."""
-    del batch
-    return point["x"] ** 2 + 100 * point["y"] ** 2
-
-
-def beale_rosenbrock(point: Point, batch: Any = None) -> jax.Array:
-    """The sum of Beale's function and Rosenbrock's."""
-    del batch
-    x, y = point["x"], point["y"]
-    beale = (1.5 - x + x * y) ** 2 + (2.25 - x + x * y**2) ** 2 + (2.625 - x + x * y**3) ** 2
-    return beale + (1 - x) ** 2 + 100 * (y - x**2) ** 2
 
 
 class Toy(NamedTuple):
-    """A function, where to start, and what part of the plane to draw."""
+    """A function and what part of the plane to draw."""
 
     name: str
-    fn: Callable[..., jax.Array]
-    start: tuple[float, float]
+    problem: Problem
     window: tuple[float, float, float, float]
 
 
 TOYS = (
-    Toy("ellipse", ellipse, (50.0, 1.0), (-20.0, 55.0, -1.5, 1.5)),
-    Toy("Beale + Rosenbrock", beale_rosenbrock, (4.0, 3.0), (-0.5, 4.5, -0.5, 4.0)),
+    Toy("ellipse", small.ellipse(), (-20.0, 55.0, -1.5, 1.5)),
+    Toy("Beale + Rosenbrock", small.beale_rosenbrock(), (-0.5, 4.5, -0.5, 4.0)),
 )
 
 
-def descend(
-    toy: Toy, tx: optax.GradientTransformation, rate: Any = 1.0
-) -> tuple[np.ndarray, np.ndarray]:
+def descend(toy: Toy, tx: Any, rate: Any = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """The (STEPS + 1, 2) points and their (STEPS + 1,) losses."""
-    tx = optax.with_extra_args_support(tx)
-    point = dict(zip("xy", map(jnp.float32, toy.start), strict=True))
+    problem = toy.problem._replace(steps=STEPS)
+    tx = optax.chain(tx, optax.scale(rate))
 
-    def step(carry: Any, _: None) -> Any:
-        point, state = carry
-        value, grad = jax.value_and_grad(toy.fn)(point)
-        updates, state = tx.update(grad, state, point, value=value, grad=grad)
-        updates = jax.tree.map(lambda update: rate * update, updates)
-        moved = optax.apply_updates(point, updates)
-        return (moved, state), (point, value)
+    def look(kept: None, point: Any, state: Any, losses: jax.Array) -> Any:
+        del state
+        return kept, (jnp.stack([point["x"], point["y"]]), losses[0])
 
     @jax.jit
-    def run(point: Point) -> Any:
-        (last, _), (points, losses) = jax.lax.scan(step, (point, tx.init(point)), length=STEPS)
-        path = jnp.stack([jnp.append(points[axis], last[axis]) for axis in "xy"], axis=1)
-        return path, jnp.append(losses, toy.fn(last))
+    def run(key: jax.Array) -> Any:
+        (point, _), _, (points, losses) = watched(problem, tx, key, STEPS, look)
+        start = problem.init(key)
+        path = jnp.concatenate([jnp.stack([start["x"], start["y"]])[None], points])
+        return path, jnp.append(losses, problem.judged(point))
 
-    return jax.tree.map(np.asarray, run(point))
+    return jax.tree.map(np.asarray, run(jax.random.key(0)))
 
 
 def best_constant(toy: Toy) -> tuple[float, np.ndarray, np.ndarray]:
@@ -89,6 +68,7 @@ def best_constant(toy: Toy) -> tuple[float, np.ndarray, np.ndarray]:
 
 def methods(toy: Toy) -> dict[str, optax.GradientTransformation]:
     """Everything that is compared, except the grid."""
+    labels = toy.problem.labels
     shared: dict[str, Any] = {"init_learning_rate": 1e-4, "update_interval": 1}
     # Full gradients of a function that changes fast: nothing to average, and every step counts.
     exact: dict[str, Any] = shared | {
@@ -99,14 +79,12 @@ def methods(toy: Toy) -> dict[str, optax.GradientTransformation]:
         "warmup": 0,
     }
     return {
-        "Hi-DLR": optax.chain(optax.sgd(1.0), hd.paper.one_step(toy.fn, LABELS, **exact)),
-        "Hi-DLR, Algorithm 1": optax.chain(
-            optax.sgd(1.0), hd.paper_hidlr(toy.fn, LABELS, **shared)
-        ),
-        "Hi-ULR": optax.chain(optax.sgd(1.0), hd.paper.one_step(toy.fn, "all", **exact)),
+        "Hi-DLR": optax.chain(optax.sgd(1.0), hd.paper.one_step(None, labels, **exact)),
+        "Hi-DLR, Algorithm 1": optax.chain(optax.sgd(1.0), hd.paper_hidlr(None, labels, **shared)),
+        "Hi-ULR": optax.chain(optax.sgd(1.0), hd.paper.one_step(None, "all", **exact)),
         "Prodigy": optax.contrib.prodigy(1.0),
         "D-Adaptation": optax.contrib.dadapt_adamw(1.0),
-        "backtracking line search": optax.chain(optax.sgd(1.0), line_search(toy.fn)),
+        "backtracking line search": optax.chain(optax.sgd(1.0), line_search()),
     }
 
 
@@ -124,7 +102,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     for toy, (plane, losses) in zip(TOYS, axes, strict=True):
         left, right, bottom, top = toy.window
         x, y = np.meshgrid(np.linspace(left, right, 300), np.linspace(bottom, top, 300))
-        values = np.asarray(toy.fn({"x": x, "y": y}))
+        values = np.asarray(toy.problem.judged({"x": x, "y": y}))
         plane.contour(x, y, np.log(values + 1e-3), levels=25, colors="lightgray", linewidths=0.7)
         lowest = min(np.nanmin(loss) for _, loss in results[toy.name].values())
         for name, (points, loss) in results[toy.name].items():
@@ -143,10 +121,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("toys.png"), help="the figure")
     args = parser.parse_args()
     results = {toy.name: compare(toy) for toy in TOYS}
-    print("| function | method | loss after 10 steps | after 100 |\n|---|---|---|---|")
-    for function, runs in results.items():
-        for name, (_, losses) in runs.items():
-            print(f"| {function} | {name} | {losses[10]:.3g} | {losses[-1]:.3g} |")
+    lines = [
+        [function, name, f"{losses[10]:.3g}", f"{losses[-1]:.3g}"]
+        for function, runs in results.items()
+        for name, (_, losses) in runs.items()
+    ]
+    print(markdown(["function", "method", "loss after 10 steps", "after 100"], lines))
     draw(results, args.out)
     print(f"figure: {args.out}")
 

@@ -16,10 +16,11 @@ import optax
 from flax import nnx
 
 import hidlr_optax as hd
+from benchmarks.kit.loop import Problem
 from benchmarks.problems import data
 from benchmarks.problems.language import PRETRAINING, encode, language_loss, load_gpt
 from benchmarks.problems.models import bert, gpt, lora, vit
-from benchmarks.problems.small import Splits, Workload, by_path
+from benchmarks.problems.small import Splits, by_path
 
 RANK = 8  # of LoRA
 TRAIN, HELD_OUT = 3000, 300  # examples of snippets and images; twice as many to test as to validate
@@ -193,7 +194,7 @@ def classification(
     metrics: tuple[str, ...],
     groupings: dict[str, Any],
     size: Size,
-) -> Workload:
+) -> Problem:
     """A workload whose batches are (hidden states, *other inputs, labels)."""
     init, model = problem
 
@@ -208,7 +209,15 @@ def classification(
     def score(params: Any, batch: Any) -> jax.Array:
         return SCORES[metrics](logits(params, batch).argmax(-1), batch[-1])
 
-    return Workload(init, loss, as_arrays(splits), *size[1:], groupings, score)
+    return Problem(
+        init,
+        loss,
+        size.steps,
+        as_arrays(splits),
+        size.batch_size,
+        score=score,
+        groupings=groupings,
+    )
 
 
 def text_splits(
@@ -256,7 +265,7 @@ def glue(folder: Path, task: str) -> dict[str, data.Texts]:
 
 def text(
     task: str, adapters: bool, length: int, layers: int, size: Size, source: Source
-) -> Workload:
+) -> Problem:
     """The upper ones of the first layers of MiniLM, whole or by LoRA, and a head.
 
     Args:
@@ -287,7 +296,7 @@ def text(
     return classification(problem, splits, metrics, LORA if adapters else WHOLE, size)
 
 
-def images(name: str, size: Size, source: Source) -> Workload:
+def images(name: str, size: Size, source: Source) -> Problem:
     """The upper layers of DINOv2 and a head; "MNIST" or "Fashion-MNIST"."""
     if name == "MNIST":
         train = test = data.mnist()
@@ -319,7 +328,7 @@ def images(name: str, size: Size, source: Source) -> Workload:
     return classification(problem, splits, ("accuracy",), WHOLE, size)
 
 
-def e2e(length: int, size: Size, source: Source) -> Workload:
+def e2e(length: int, size: Size, source: Source) -> Problem:
     """The upper half of a small GPT that learns to describe restaurants; the score is -loss."""
     assert source.e2e is not None
     config = gpt.Config()
@@ -352,7 +361,15 @@ def e2e(length: int, size: Size, source: Source) -> Workload:
         return language_loss(logits, tuple(rest))
 
     splits = as_arrays({part: arrays(part) for part in rows})
-    return Workload(init, loss, splits, *size[1:], WHOLE, lambda params, data: -loss(params, data))
+    return Problem(
+        init,
+        loss,
+        size.steps,
+        splits,
+        size.batch_size,
+        score=lambda params, batch: -loss(params, batch),
+        groupings=WHOLE,
+    )
 
 
 class Case(NamedTuple):
@@ -364,7 +381,7 @@ class Case(NamedTuple):
       rates: that AdamW is tuned by, half a decade apart.
     """
 
-    make: Callable[[Source], Workload]
+    make: Callable[[Source], Problem]
     needs: str | None
     rates: tuple[float, ...]
 

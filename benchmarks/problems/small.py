@@ -5,7 +5,7 @@ Every model is a plain dict of arrays and a loss, so that a whole run fits into 
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,37 +13,10 @@ import numpy as np
 import optax
 
 import hidlr_optax as hd
+from benchmarks.kit.loop import Problem
 from benchmarks.problems import data
 
 Splits = dict[str, Any]  # "train", "validation", "test" -> a batch that holds the whole split
-
-
-class Workload(NamedTuple):
-    """A problem to train.
-
-    Attributes:
-      init: key -> params.
-      loss: (params, batch) -> scalar, the training loss.
-      splits: the data. The three never share an example.
-      batch_size: examples per step, drawn with replacement.
-      steps: of one run.
-      groupings: name -> labels, as `hidlr` takes them.
-      score: (params, batch) -> scalar, higher is better: what users judge by, if not the loss.
-    """
-
-    init: Callable[[jax.Array], Any]
-    loss: Callable[[Any, Any], jax.Array]
-    splits: Splits
-    batch_size: int
-    steps: int
-    groupings: dict[str, Any]
-    score: Callable[[Any, Any], jax.Array] | None = None
-
-    def sample(self, key: jax.Array) -> Any:
-        """One training batch."""
-        size = len(jax.tree.leaves(self.splits["train"])[0])
-        rows = jax.random.randint(key, (self.batch_size,), 0, size)
-        return jax.tree.map(lambda x: x[rows], self.splits["train"])
 
 
 def split(arrays: Any, seed: int = 0, limit: int | None = None) -> Splits:
@@ -55,93 +28,6 @@ def split(arrays: Any, seed: int = 0, limit: int | None = None) -> Splits:
     return {
         name: jax.tree.map(lambda x, r=r: jnp.asarray(x[r]), arrays) for name, r in rows.items()
     }
-
-
-def train(
-    workload: Workload,
-    tx: Any,
-    key: jax.Array,
-    evaluated: Callable[[Any, Any], Any] = lambda state, params: params,
-    checks: int = 10,
-    ends: tuple[str, ...] = ("train", "validation", "test"),
-) -> tuple[dict[str, jax.Array], Any]:
-    """One run, to be jitted.
-
-    Args:
-      workload: its number of steps is a multiple of `checks`.
-      tx: takes the loss and gradient of the step, and its batch.
-      key: of the parameters and the batches.
-      evaluated: (optimizer state, params) -> the parameters to judge by.
-      checks: how often the validation split is looked at, evenly spaced, at the end for the last
-        time. The parameters of the best time (of all scores the highest, or of equal ones that of
-        the least loss) are kept, as early stopping would.
-      ends: the splits to evaluate when it is over.
-
-    Returns:
-      Numbers by name, and the optimizer state. Of the last step, the loss on each of the `ends`, by
-      its name, and if there is a score, "test score" and so on. Of the best time the same of
-      "best validation" and "best test", and "best step". Beside them "batch loss", the mean since
-      the last but one check, and "finite", whether the last parameters are.
-    """
-    tx = optax.with_extra_args_support(tx)
-    init_key, batch_key = jax.random.split(key)
-    params = workload.init(init_key)
-
-    def step(carry: Any, key: jax.Array) -> Any:
-        params, state = carry
-        batch = workload.sample(key)
-        loss, grads = jax.value_and_grad(workload.loss)(params, batch)
-        updates, state = tx.update(grads, state, params, batch=batch, value=loss, grad=grads)
-        return (optax.apply_updates(params, updates), state), loss
-
-    def measured(params: Any, split: str) -> dict[str, jax.Array]:
-        found = {split: workload.loss(params, workload.splits[split])}
-        if workload.score is not None:
-            found[f"{split} score"] = workload.score(params, workload.splits[split])
-        return found
-
-    def part(carry: Any, keys: jax.Array) -> Any:
-        run, best, count = carry
-        (params, state), losses = jax.lax.scan(step, run, keys)
-        count += len(keys)
-        seen = evaluated(state, params)
-        now = measured(seen, "validation"), count, seen
-        better = _quality(now[0]) > _quality(best[0])
-        same = _quality(now[0]) == _quality(best[0])
-        better |= same & (now[0]["validation"] < best[0]["validation"])
-        better &= jnp.isfinite(now[0]["validation"])
-        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), now, best)
-        return ((params, state), best, count), (losses.mean(), now[0]["validation"])
-
-    state = tx.init(params)
-    nothing = {"validation": jnp.float32(jnp.inf)}
-    if workload.score is not None:
-        nothing["validation score"] = jnp.float32(-jnp.inf)
-    zero = jnp.zeros((), jnp.int32)
-    start = (params, state), (nothing, zero, params), zero
-    keys = jax.random.split(batch_key, workload.steps).reshape(checks, -1)
-    end, (losses, curve) = jax.lax.scan(part, start, keys)
-    (params, state), (validated, best_step, kept), _ = end
-    seen = evaluated(state, params)
-    found = {k: v for split in ends for k, v in measured(seen, split).items()}
-    found |= {f"best {k}": v for k, v in (validated | measured(kept, "test")).items()}
-    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)]))
-    found |= {"best step": best_step, "batch loss": losses[-1], "finite": finite}
-    return found | {"curve": curve}, state
-
-
-def _quality(found: dict[str, jax.Array]) -> jax.Array:
-    """The score, or the negative loss where there is none."""
-    return found.get("validation score", -found["validation"])
-
-
-def plain(found: dict[str, jax.Array]) -> dict[str, Any]:
-    """As Python numbers, and lists of numbers of four digits."""
-
-    def told(x: Any) -> Any:
-        return [float(f"{y:.4g}") for y in np.asarray(x)] if x.ndim else x.item()
-
-    return {name: told(x) for name, x in found.items()}
 
 
 def standardised(x: np.ndarray) -> np.ndarray:
@@ -208,7 +94,7 @@ def _mlp_groupings(layers: int) -> dict[str, Any]:
     return {"layers": first_key, "roles": by_path([(head, "head"), (".*/bias", "bias")], "rest")}
 
 
-def _digits(noise: float) -> Workload:
+def _digits(noise: float) -> Problem:
     from sklearn.datasets import load_digits
 
     x, y = map(np.asarray, load_digits(return_X_y=True))
@@ -221,7 +107,8 @@ def _digits(noise: float) -> Workload:
         splits["train"] = (images, jnp.where(wrong, drawn, labels))
     sizes = (64, 64, 32, 10)
     init = functools.partial(mlp_init, sizes)
-    return Workload(init, functools.partial(cross_entropy, mlp), splits, 64, 400, _mlp_groupings(3))
+    loss = functools.partial(cross_entropy, mlp)
+    return Problem(init, loss, 400, splits, 64, groupings=_mlp_groupings(3))
 
 
 def _mnist() -> tuple[np.ndarray, np.ndarray]:
@@ -229,11 +116,11 @@ def _mnist() -> tuple[np.ndarray, np.ndarray]:
     return images.reshape(len(images), -1), labels
 
 
-def mnist_mlp() -> Workload:
+def mnist_mlp() -> Problem:
     """MNIST-5k, two hidden layers: 109,386 parameters."""
     init = functools.partial(mlp_init, (784, 128, 64, 10))
     loss = functools.partial(cross_entropy, mlp)
-    return Workload(init, loss, split(_mnist()), 64, 400, _mlp_groupings(3))
+    return Problem(init, loss, 400, split(_mnist()), 64, groupings=_mlp_groupings(3))
 
 
 def patches(x: jax.Array) -> jax.Array:
@@ -247,7 +134,7 @@ def patches(x: jax.Array) -> jax.Array:
     return jnp.stack(shifts, axis=3).reshape(n, height // 2, width // 2, 9 * channels)
 
 
-def mnist_cnn() -> Workload:
+def mnist_cnn() -> Problem:
     """MNIST-5k, two strided convolutions, a hidden layer and a head."""
 
     def model(params: Any, x: jax.Array) -> jax.Array:
@@ -265,10 +152,10 @@ def mnist_cnn() -> Workload:
     roles = by_path([("head/.*", "head"), (".*/bias", "bias"), ("conv.*", "conv")], "rest")
     loss = functools.partial(cross_entropy, model)
     groupings = {"layers": first_key, "roles": roles}
-    return Workload(init, loss, split(_mnist()), 64, 300, groupings)
+    return Problem(init, loss, 300, split(_mnist()), 64, groupings=groupings)
 
 
-def _nam(splits: Splits, features: int, steps: int) -> Workload:
+def _nam(splits: Splits, features: int, steps: int) -> Problem:
     """A neural additive model: one small network per feature, their sum predicts."""
 
     def model(params: Any, x: jax.Array) -> jax.Array:
@@ -282,7 +169,7 @@ def _nam(splits: Splits, features: int, steps: int) -> Workload:
 
     roles = by_path([(".*/bias", "bias"), (".*/layer2/.*", "head")], "rest")
     loss = functools.partial(squared_error, model)
-    return Workload(init, loss, splits, 64, steps, {"features": first_key, "roles": roles})
+    return Problem(init, loss, steps, splits, 64, groupings={"features": first_key, "roles": roles})
 
 
 def housing() -> tuple[np.ndarray, np.ndarray]:
@@ -314,12 +201,12 @@ def housing() -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
-def housing_nam() -> Workload:
+def housing_nam() -> Problem:
     """An additive model of 8,000 of the 20,640 rows of California housing."""
     return _nam(split(housing(), limit=8000), 8, 400)
 
 
-def synthetic_nam() -> Workload:
+def synthetic_nam() -> Problem:
     """A sum of six functions of very different scale and roughness, with noise."""
     rng = np.random.default_rng(0)
     x = rng.uniform(-1, 1, (3000, 6)).astype(np.float32)
@@ -335,7 +222,7 @@ def synthetic_nam() -> Workload:
     return _nam(split((x, y)), 6, 400)
 
 
-def yeast() -> Workload:
+def yeast() -> Problem:
     """Multi-label: 2,417 genes, 103 features, 14 labels, a shared trunk and a head for each."""
     x, y = data.yeast()
     x = standardised(x)
@@ -356,10 +243,12 @@ def yeast() -> Workload:
         return optax.sigmoid_binary_cross_entropy(model(params, x), y).mean()
 
     roles = by_path([(".*/bias", "bias"), ("task.*", "heads")], "rest")
-    return Workload(init, loss, split((x, y)), 64, 400, {"tasks": first_key, "roles": roles})
+    return Problem(
+        init, loss, 400, split((x, y)), 64, groupings={"tasks": first_key, "roles": roles}
+    )
 
 
-def sentiment() -> Workload:
+def sentiment() -> Problem:
     """Bag of the 2,000 most frequent words of 10,605 movie snippets -> positive or negative."""
     from sklearn.feature_extraction.text import CountVectorizer
 
@@ -369,10 +258,10 @@ def sentiment() -> Workload:
     x /= np.sqrt(np.maximum(x.sum(1, keepdims=True), 1))
     init = functools.partial(mlp_init, (2000, 32, 2))
     loss = functools.partial(cross_entropy, mlp)
-    return Workload(init, loss, split((x, texts.labels)), 64, 400, _mlp_groupings(2))
+    return Problem(init, loss, 400, split((x, texts.labels)), 64, groupings=_mlp_groupings(2))
 
 
-def diabetes() -> Workload:
+def diabetes() -> Problem:
     """Regression on 442 patients, 10 features: small enough to be over-fitted."""
     from sklearn.datasets import load_diabetes
 
@@ -380,10 +269,10 @@ def diabetes() -> Workload:
     splits = split((standardised(x), standardised(y[:, None])))
     init = functools.partial(mlp_init, (10, 32, 16, 1))
     loss = functools.partial(squared_error, mlp)
-    return Workload(init, loss, splits, 32, 300, _mlp_groupings(3))
+    return Problem(init, loss, 300, splits, 32, groupings=_mlp_groupings(3))
 
 
-def lora() -> Workload:
+def lora() -> Problem:
     """LoRA+'s setting: a wide linear map, a frozen part of it, A random and B zero, 5 % noise."""
     width, rank = 128, 4
     keys = jax.random.split(jax.random.key(0), 5)
@@ -402,7 +291,7 @@ def lora() -> Workload:
         return {"lora_a": a, "lora_b": jnp.zeros((rank, width))}
 
     loss = functools.partial(squared_error, model)
-    return Workload(init, loss, splits, 64, 300, {"matrices": first_key})
+    return Problem(init, loss, 300, splits, 64, groupings={"matrices": first_key})
 
 
 def _norm(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
@@ -411,7 +300,7 @@ def _norm(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     return x * params["scale"] + params["bias"]
 
 
-def text() -> Workload:
+def text() -> Problem:
     """The next character of Python's own help texts, a transformer of two blocks."""
     values, codes = np.unique(data.help_text(), return_inverse=True)
     length, width, heads = 32, 32, 4
@@ -461,23 +350,24 @@ def text() -> Workload:
 
     rules = [("embed/.*", "embed"), ("head/.*", "head"), (".*norm.*", "norm"), (".*/bias", "bias")]
     groupings = {"layers": first_key, "roles": by_path(rules, "rest")}
-    return Workload(init, loss, splits, 16, 300, groupings)
+    return Problem(init, loss, 300, splits, 16, groupings=groupings)
 
 
-def _function(fn: Callable[[Any], jax.Array], start: dict[str, float], steps: int) -> Workload:
+def _function(fn: Callable[[Any], jax.Array], start: dict[str, float], steps: int) -> Problem:
     """A function of two variables: no data, and all three splits are the function itself."""
     splits: Splits = dict.fromkeys(("train", "validation", "test"), jnp.zeros(1))
     params = {name: jnp.asarray(value) for name, value in start.items()}
     labels = {"variables": first_key}
-    return Workload(lambda _: params, lambda p, _: fn(p), splits, 1, steps, labels)
+    loss = lambda p, _: fn(p)  # noqa: E731
+    return Problem(lambda _: params, loss, steps, splits, 1, groupings=labels)
 
 
-def ellipse() -> Workload:
+def ellipse() -> Problem:
     """x² + 100 y² from (50, 1)."""
     return _function(lambda p: p["x"] ** 2 + 100 * p["y"] ** 2, {"x": 50.0, "y": 1.0}, 100)
 
 
-def beale_rosenbrock() -> Workload:
+def beale_rosenbrock() -> Problem:
     """The sum of Beale's function and Rosenbrock's, from (4, 3)."""
 
     def fn(params: Any) -> jax.Array:
@@ -488,7 +378,7 @@ def beale_rosenbrock() -> Workload:
     return _function(fn, {"x": 4.0, "y": 3.0}, 100)
 
 
-WORKLOADS: dict[str, Callable[[], Workload]] = {
+PROBLEMS: dict[str, Callable[[], Problem]] = {
     "digits": functools.partial(_digits, 0.0),
     "digits, 20 % noise": functools.partial(_digits, 0.2),
     "MNIST MLP": mnist_mlp,

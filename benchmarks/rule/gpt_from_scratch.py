@@ -7,6 +7,7 @@ The texts are short, so all runs learn them by heart: it is the training loss th
     python -m benchmarks.rule.gpt_from_scratch --quick --out gpt.jsonl      # small, on any machine
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 import hidlr_optax as hd
+from benchmarks.kit.loop import Problem, descend
 from benchmarks.kit.store import Job, Row, Store, arguments
 from benchmarks.kit.tables import markdown, mean_sd
 from benchmarks.problems import data
@@ -40,8 +41,8 @@ FULL = Size(gpt.Config(256, 256, 384, 6, 12), 32, 3000)
 QUICK = Size(gpt.Config(256, 32, 64, 2, 2), 4, 100)
 
 
-def rules(size: Size) -> dict[str, Callable[[Any, Any], Any]]:
-    """Method -> (loss, parameters) -> what follows AdamW."""
+def rules(size: Size) -> dict[str, Callable[[Any], Any]]:
+    """Method -> parameters -> what follows AdamW."""
     decay = optax.cosine_decay_schedule(1.0, size.steps)
 
     def fixed(rate: float) -> Any:
@@ -50,38 +51,31 @@ def rules(size: Size) -> dict[str, Callable[[Any, Any], Any]]:
 
         return optax.chain(optax.scale_by_schedule(schedule), optax.scale(rate))
 
-    layers = size.config.layers
-    return {f"AdamW, {rate:g}": lambda *_, rate=rate: fixed(rate) for rate in RATES} | {
-        "hidlr, one rate": lambda loss, _: hd.hiulr(loss, schedule=decay),
-        "hidlr, one per layer": lambda loss, params: hd.hidlr(
-            loss, hd.label_by_depth(params, layers), schedule=decay
-        ),
+    def by_layer(params: Any) -> Any:
+        return hd.hidlr(None, hd.label_by_depth(params, size.config.layers), schedule=decay)
+
+    return {f"AdamW, {rate:g}": lambda _, rate=rate: fixed(rate) for rate in RATES} | {
+        "hidlr, one rate": lambda _: hd.hiulr(None, schedule=decay),
+        "hidlr, one per layer": by_layer,
     }
 
 
-def trained(size: Size, rule: Callable[[Any, Any], Any], seed: int) -> Row:
+def trained(size: Size, rule: Callable[[Any], Any], seed: int) -> Row:
     """The mean loss of the last twentieth of the steps, that of held-out text, and the rate."""
     text, length = data.help_text().astype(np.int32), size.config.positions
     train, test = map(jnp.asarray, np.split(text, [int(len(text) * 0.9)]))
-    graph, state = nnx.split(gpt.GPT(size.config, nnx.Rngs(seed)))
-    params = nnx.to_pure_dict(state)
+    params, loss = gpt.as_functions(size.config, seed)
 
     def rows(text: jax.Array, starts: Any) -> jax.Array:
         return text[starts[:, None] + jnp.arange(length + 1)]
 
-    def loss(params: Any, tokens: jax.Array) -> jax.Array:
-        logits = nnx.merge(graph, params)(tokens[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-
-    tx = optax.chain(optax.adamw(1.0), rule(loss, params))
-
-    def step(carry: Any, key: jax.Array) -> Any:
-        params, state = carry
+    def sample(key: jax.Array) -> jax.Array:
         starts = jax.random.randint(key, (size.batch_size,), 0, len(train) - length)
-        params, state, value = hd.take_step(tx, loss, params, state, rows(train, starts))
-        return (params, state), value
+        return rows(train, starts)
 
-    chunk = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys), donate_argnums=0)
+    problem = Problem(lambda _: params, loss, size.steps, sample=sample)
+    tx = optax.chain(optax.adamw(1.0), rule(params))
+    chunk = jax.jit(functools.partial(descend, problem, tx), donate_argnums=0)
     carry, losses = (params, tx.init(params)), jnp.zeros(())
     for keys in jax.random.split(jax.random.key(100 + seed), (CHUNKS, size.steps // CHUNKS)):
         carry, losses = chunk(carry, keys)

@@ -25,9 +25,11 @@ import numpy as np
 import optax
 
 import hidlr_optax as hd
+from benchmarks.kit.loop import SCHEDULES, Method, plain, train
 from benchmarks.kit.store import Job, Row, Store
-from benchmarks.problems.small import WORKLOADS, plain, train
-from benchmarks.rule.robustness import OPTIMIZERS, decay
+from benchmarks.kit.tables import markdown
+from benchmarks.problems.small import PROBLEMS
+from benchmarks.rule.cases import OPTIMIZERS
 from hidlr_optax._rule import guard, measure, rate, record, shape
 
 CASES = (
@@ -93,21 +95,20 @@ def given(values: dict[str, Any]) -> Iterator[None]:
 
 def runs(name: str, optimizer: str) -> Any:
     """Seed -> the results of every variant, one lane each."""
-    workload = WORKLOADS[name]()
-    labels = next(iter(workload.groupings.values()))
+    problem = PROBLEMS[name]()
     lanes = [values for _, _, values in variants()]
     stacked = {name: jnp.array([lane[name] for lane in lanes]) for name in lanes[0]}
 
     def run(values: dict[str, jax.Array], key: jax.Array) -> Any:
         with given(values):
             rule = hd.hidlr(
-                workload.loss,
-                labels,
-                schedule=decay("cosine", workload.steps),
+                problem.loss,
+                problem.labels,
+                schedule=SCHEDULES["cosine"](problem.steps),
                 warmup=values["warmup"].astype(jnp.int32),  # pyright: ignore[reportArgumentType]
             )
             tx = optax.chain(OPTIMIZERS[optimizer](), rule)
-            return train(workload, tx, key, checks=CHECKS)[0]
+            return train(problem, Method(tx), key, CHECKS)[0]
 
     compiled = jax.jit(jax.vmap(run, in_axes=(0, None)))
     return lambda seed: compiled(stacked, jax.random.key(seed))
@@ -143,13 +144,9 @@ def report(rows: list[Row]) -> str:
         average = np.exp(np.mean(np.log(list(mean.values()))))
         return f"{average:.2f}, {mean[worst]:.2f} ({worst[0]}, {worst[1]})"
 
-    lines = [
-        "| constant | value | at a half: mean, worst | at twice: mean, worst |",
-        "|---|---|---|---|",
-    ]
-    for name, value in constants().items():
-        lines.append(f"| {name} | {value:g} | {cell(name, 0.5)} | {cell(name, 2.0)} |")
-    return "\n".join(lines)
+    head = ["constant", "value", "at a half: mean, worst", "at twice: mean, worst"]
+    lines = [[n, f"{x:g}", cell(n, 0.5), cell(n, 2.0)] for n, x in constants().items()]
+    return markdown(head, lines)
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .compare import PROBLEMS, TUNED, geometric_mean, given, groups, train
-from .problems import Problem
+from benchmarks.kit.loop import Problem
+from benchmarks.units.compare import PROBLEMS, TUNED, geometric_mean, given, groups, train
 
 SEEDS = 3
 WIDE = np.array([-2, -1.5, -1, -0.5, 0.5, 1, 1.5, 2])

@@ -1,11 +1,12 @@
 """A small GPT, and the byte-pair encoding that it reads; both are trained from nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -81,6 +82,30 @@ class GPT(nnx.Module):
         for layer in self.layers:
             x = layer(x)
         return self.head(self.norm(x))
+
+
+def as_functions(
+    config: Config, seed: int = 0, dtype: Any = None
+) -> tuple[dict[str, Any], Callable[[Any, jax.Array], jax.Array]]:
+    """Parameters, and (params, tokens) -> the mean cross-entropy of what follows.
+
+    Args:
+      config: the sizes.
+      seed: of the parameters, in float32.
+      dtype: of activations. None: float32.
+    """
+    model = GPT(config, nnx.Rngs(seed))
+    parts: list[Any] = [module for _, module in nnx.iter_modules(model)]
+    for part in parts:
+        if dtype is not None and hasattr(part, "dtype"):
+            part.dtype = dtype
+    graph, params = nnx.split(model)
+
+    def loss(params: Any, tokens: jax.Array) -> jax.Array:
+        logits = nnx.merge(graph, params)(tokens[:, :-1]).astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    return nnx.to_pure_dict(params), loss
 
 
 @nnx.jit
