@@ -10,7 +10,7 @@ from support import promoting
 import hidlr_optax as hd
 from benchmarks.kit import costs
 from benchmarks.rule import targets
-from benchmarks.rule.robustness import RULES
+from benchmarks.rule.methods import RULES
 
 
 def _row(method, curve, **fields):

@@ -1,1 +1,1 @@
-"""What a step costs: on a CPU, on an accelerator, and beside other second-order rules."""
+"""What a step costs, on a CPU and on an accelerator."""

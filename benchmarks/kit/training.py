@@ -2,7 +2,7 @@
 
 Every run is one `Method` on one `Task` with one seed. Baselines are tuned the usual way: a grid of
 rates for each family, on seed 0, the best by validation score; the other seeds run that one alone.
-Runs that are in the log are not run again, and one that was cut short goes on from its checkpoint.
+Runs that are in the log are not run again.
 """
 
 import argparse
@@ -21,12 +21,11 @@ from tqdm import tqdm
 import hidlr_optax as hd
 import hidlr_optax.flax
 import hidlr_optax.plot
-from benchmarks.kit.checkpoints import Checkpoints
 from benchmarks.kit.loop import SCHEDULES, Method, last
 from benchmarks.kit.store import Log
 from benchmarks.kit.tables import markdown, score
 
-_NOT_SETTINGS = ("out", "seeds", "methods", "checkpoint_every")  # may change between calls
+_NOT_SETTINGS = ("out", "seeds", "methods")  # may change between calls
 
 
 class Task(NamedTuple):
@@ -134,45 +133,29 @@ def make_step(task: Task) -> Callable[..., dict[str, jax.Array]]:
 
 
 def train(
-    task: Task, method: Method, seed: int, step: Callable[..., Any], args: Any, log: Log
+    task: Task, method: Method, seed: int, step: Callable[..., Any], steps: int, log: Log
 ) -> None:
-    """One run, from its last checkpoint if it has one, to its row in the log."""
+    """One run, to its rows in the log: one for each step, and one for its end."""
     model = task.build(seed)
     optimizer = nnx.Optimizer(model, method.tx, wrt=task.wrt)
-    slug = "".join(c if c.isalnum() else "-" for c in f"{method.name}-{seed}")
-    checkpoints = Checkpoints(args.out / "checkpoints" / slug, task.wrt)
-    begin = checkpoints.restore(model, optimizer)
     run, rows = {"method": method.name, "seed": seed}, []
-    title = f"{method.name}, seed {seed}"
-    bar = tqdm(range(begin, args.steps), title, args.steps, initial=begin, disable=None)
+    bar = tqdm(range(steps), f"{method.name}, seed {seed}", disable=None)
     for n in bar:
         start = time.perf_counter()
         row = step(model, optimizer, task.batch(seed, n), dict(method.rates(n)))
         row = jax.tree.map(float, jax.device_get(row))
         rows.append(run | {"step": n, "seconds": time.perf_counter() - start} | row)
         bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-        if (n + 1) % args.checkpoint_every == 0 and n + 1 < args.steps:
-            log.write(rows)
-            checkpoints.save(n + 1, model, optimizer)
-            rows = []
-    log.write(rows)
-    history = log.history(method.name, seed)
     trained = nnx.state(model, task.wrt)
     leaves = jax.tree.leaves(method.evaluated(optimizer.opt_state, trained))
     nnx.update(model, jax.tree.unflatten(jax.tree.structure(trained), leaves))
     scores = {part: task.evaluate(model, part) for part in ("validation", "test")}
-    log.write(
-        [
-            run
-            | scores
-            | {
-                "train_loss": float(np.mean([row["loss"] for row in history[-args.steps // 10 :]])),
-                # The first step compiles.
-                "seconds": sum(row["seconds"] for row in history[1:]),
-            }
-        ]
-    )
-    checkpoints.close()
+    # The first step compiles.
+    end = {
+        "train_loss": float(np.mean([row["loss"] for row in rows[-steps // 10 :]])),
+        "seconds": sum(row["seconds"] for row in rows[1:]),
+    }
+    log.write([*rows, run | scores | end])
 
 
 def best(methods: Sequence[Method], log: Log) -> list[Method]:
@@ -196,7 +179,7 @@ def compare(task: Task, methods: Sequence[Method], args: Any, log: Log) -> list[
     def missing(candidates: Sequence[Method], seed: int) -> None:
         for method in candidates:
             if log.result(method.name, seed) is None:
-                train(task, method, seed, step, args, log)
+                train(task, method, seed, step, args.steps, log)
 
     missing(methods, 0)
     chosen = best(methods, log)
@@ -256,11 +239,11 @@ def draw(chosen: Sequence[Method], log: Log, out: Path) -> None:
 def parse(parser: argparse.ArgumentParser) -> Any:
     """The arguments; those of a smoke run with --quick."""
     args = parser.parse_args()
-    for name in ("steps", "seeds", "checkpoint_every"):
+    for name in ("steps", "seeds"):
         if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+            parser.error(f"--{name} must be at least 1")
     if args.quick:
-        args.steps, args.seeds, args.checkpoint_every = min(args.steps, 4), 1, 2
+        args.steps, args.seeds = min(args.steps, 4), 1
     return args
 
 
@@ -316,7 +299,6 @@ def arguments(description: str | None, out: str, steps: int) -> argparse.Argumen
     parser.add_argument("--steps", type=int, default=steps, help="of each run")
     parser.add_argument("--seeds", type=int, default=1, help="for the best of each family")
     parser.add_argument("--methods", nargs="+", help="these alone, or all of a family")
-    parser.add_argument("--checkpoint-every", type=int, default=100, help="steps")
-    parser.add_argument("--out", type=Path, default=Path(out), help="log, checkpoints and figures")
+    parser.add_argument("--out", type=Path, default=Path(out), help="log and figures")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     return parser

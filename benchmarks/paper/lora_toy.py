@@ -81,9 +81,12 @@ def problem_of(size: Size, key: jax.Array) -> Problem:
 
 def given(rates: jax.Array) -> optax.GradientTransformation:
     """Constant rates for A and B."""
-    return optax.stateless(
-        lambda updates, _: {"A": rates[0] * updates["A"], "B": rates[1] * updates["B"]}
-    )
+
+    def scaled(updates: Any, params: Any) -> Any:
+        del params
+        return {"A": rates[0] * updates["A"], "B": rates[1] * updates["B"]}
+
+    return optax.stateless(scaled)
 
 
 def train(rule: Any, size: Size, key: jax.Array) -> dict[str, jax.Array]:

@@ -22,12 +22,12 @@ from matplotlib.figure import Figure
 import hidlr_optax as hd
 from benchmarks.kit.store import Job, Row, Store, arguments, rounded
 from benchmarks.kit.tables import markdown
-from benchmarks.problems.small import WORKLOADS
+from benchmarks.problems.small import PROBLEMS
 from hidlr_optax._groups import Groups
 from hidlr_optax._step_loss import StepLoss
 
 FIELDS = ("iteration", "group", "steps")
-WORKLOAD, ITERATIONS, STEPS = "digits", (5, 50, 200), 400
+PROBLEM, ITERATIONS, STEPS = "digits", (5, 50, 200), 400
 PLACES = np.linspace(-2, 4, 61)
 TOGETHER = "all together"
 ESTIMATORS: dict[str, Any] = {
@@ -58,19 +58,19 @@ def measured(
 
 def run(seed: int, iterations: tuple[int, ...], steps: int) -> list[Row]:
     """One training run, measured at its iterations."""
-    workload = WORKLOADS[WORKLOAD]()
-    labels = next(iter(workload.groupings.values()))
+    problem = PROBLEMS[PROBLEM]()
+    labels = problem.labels
     decay = optax.cosine_decay_schedule(1.0, steps)
     direction = optax.adamw(1.0)
-    rule = hd.hidlr(workload.loss, labels, schedule=decay)
+    rule = hd.hidlr(problem.loss, labels, schedule=decay)
     start, order = jax.random.split(jax.random.key(seed))
-    params = workload.init(start)
+    params = problem.init(start)
     groups = Groups.of(labels, params)
 
     @jax.jit
     def step(params: Any, states: Any, key: jax.Array) -> Any:
-        batch = workload.sample(key)
-        value, grad = jax.value_and_grad(workload.loss)(params, batch)
+        batch = problem.batch(key)
+        value, grad = jax.value_and_grad(problem.loss)(params, batch)
         u, first = direction.update(grad, states[0], params)
         known = {"batch": batch, "value": value, "grad": grad}
         updates, second = rule.update(u, states[1], params, **known)
@@ -79,7 +79,7 @@ def run(seed: int, iterations: tuple[int, ...], steps: int) -> list[Row]:
     @jax.jit
     def measure(params: Any, rates: jax.Array, seen: Any) -> Any:
         u, value, grad, batch = seen
-        step_loss = StepLoss(lambda p: workload.loss(p, batch), params, u, groups)
+        step_loss = StepLoss(lambda p: problem.loss(p, batch), params, u, groups)
         return measured(step_loss, rates, step_loss.slope(grad), value)
 
     states, rows = (direction.init(params), rule.init(params)), []

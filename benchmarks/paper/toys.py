@@ -18,7 +18,7 @@ import optax
 from matplotlib.figure import Figure
 
 import hidlr_optax as hd
-from benchmarks.kit.loop import Problem, watched
+from benchmarks.kit.loop import Problem, stepper
 from benchmarks.kit.rivals import line_search
 from benchmarks.kit.tables import markdown
 from benchmarks.problems import small
@@ -43,21 +43,20 @@ TOYS = (
 
 def descend(toy: Toy, tx: Any, rate: Any = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """The (STEPS + 1, 2) points and their (STEPS + 1,) losses."""
-    problem = toy.problem._replace(steps=STEPS)
     tx = optax.chain(tx, optax.scale(rate))
+    step, start = stepper(toy.problem.loss, tx), toy.problem.init(jax.random.key(0))
 
-    def look(kept: None, point: Any, state: Any, losses: jax.Array) -> Any:
-        del state
-        return kept, (jnp.stack([point["x"], point["y"]]), losses[0])
+    def body(carry: Any, _: None) -> Any:
+        point, state, value = step(*carry, None)
+        return (point, state), (carry[0], value)
 
     @jax.jit
-    def run(key: jax.Array) -> Any:
-        (point, _), _, (points, losses) = watched(problem, tx, key, STEPS, look)
-        start = problem.init(key)
-        path = jnp.concatenate([jnp.stack([start["x"], start["y"]])[None], points])
-        return path, jnp.append(losses, problem.judged(point))
+    def run(start: Any) -> Any:
+        (last, _), (points, losses) = jax.lax.scan(body, (start, tx.init(start)), length=STEPS)
+        path = jnp.stack([jnp.append(points[axis], last[axis]) for axis in "xy"], axis=1)
+        return path, jnp.append(losses, toy.problem.judged(last))
 
-    return jax.tree.map(np.asarray, run(jax.random.key(0)))
+    return jax.tree.map(np.asarray, run(start))
 
 
 def best_constant(toy: Toy) -> tuple[float, np.ndarray, np.ndarray]:

@@ -68,3 +68,9 @@ def cases() -> list[Case]:
 
 def _pairs(case: tuple[Any, ...]) -> set[Any]:
     return set(itertools.combinations(enumerate(case), 2))
+
+
+def grid(name: str, optimizer: str) -> np.ndarray:
+    """Seven rates, half a decade apart."""
+    centre = (TOY_CENTRES if name in TOYS else CENTRES)[optimizer]
+    return centre * np.logspace(-1.5, 1.5, 7)

@@ -9,7 +9,8 @@ import optax
 import pytest
 
 import hidlr_optax as hd
-from benchmarks.problems import small as workloads
+from benchmarks.kit.loop import Method, train
+from benchmarks.problems import hard, small
 from benchmarks.rule import hard_cases
 
 
@@ -17,7 +18,7 @@ from benchmarks.rule import hard_cases
 def turned_digits():
     """LoRA in a trained network whose images are turned: its loss begins at 20."""
     with jax.numpy_dtype_promotion("standard"):
-        return hard_cases.turned_digits()
+        return hard.turned_digits()
 
 
 def _rosenbrock(params, batch):
@@ -126,7 +127,7 @@ def test_no_run_dies_where_a_plateau_ends(direction, labels):
     assert np.all(highest < 20)  # at the start 1 in the mean, up to 3
 
 
-@pytest.mark.parametrize("schedule", hard_cases.SCHEDULES)
+@pytest.mark.parametrize("schedule", hard_cases.USED)
 @pytest.mark.parametrize("rule", ["hidlr", "hiulr"])
 def test_no_run_dies_where_the_loss_has_fallen_far(turned_digits, rule, schedule):
     """From 20 to 2 in as many steps. Averages of the beginning made rates four times too large.
@@ -235,7 +236,7 @@ def test_a_constant_in_the_loss_kills_no_run(direction, constant):
 def language_model():
     """Two blocks on help texts: AdamW by cosine ends at 1.88 with 0.01, at 2.76 with 0.06."""
     with jax.numpy_dtype_promotion("standard"):
-        return workloads.text()._replace(steps=1000)
+        return small.text()._replace(steps=1000)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -243,8 +244,6 @@ def test_rates_of_adam_do_not_rise_until_they_ruin_a_language_model(language_mod
     schedule = optax.cosine_decay_schedule(1.0, language_model.steps)
     rule = hd.hiulr(language_model.loss, schedule=schedule)
     with jax.numpy_dtype_promotion("standard"):
-        train = functools.partial(
-            workloads.train, language_model, optax.chain(optax.adamw(1.0), rule), checks=10
-        )
-        found, _ = jax.jit(train)(jax.random.key(seed))
+        method = Method(optax.chain(optax.adamw(1.0), rule))
+        found, _ = jax.jit(functools.partial(train, language_model, method))(jax.random.key(seed))
     assert float(found["train"]) < 2.1
