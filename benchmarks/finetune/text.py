@@ -24,7 +24,6 @@ from benchmarks.kit.loop import SCHEDULES, Method, averaging
 from benchmarks.problems import data
 from benchmarks.problems.models import bert, lora
 
-SECONDS_PER_STEP = 0.23  # on two CPU cores, scoring included
 BATCH_SIZE = 16
 GRID = (3e-4, 1e-3, 3e-3, 1e-2)
 LOWER = (1e-4, 3e-4, 1e-3, 3e-3)  # for LoRA+, whose B goes faster
@@ -144,7 +143,6 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.1)
     args = training.parse(parser)
     compared = training.offered(args, methods(args.steps))
-    training.announce(args, compared, SECONDS_PER_STEP)
     with training.bad_input(parser):
         task = make_task(load(args), args.dropout, args.rank, layers=2 if args.quick else None)
     training.main(task, compared, args)

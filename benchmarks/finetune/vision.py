@@ -24,7 +24,6 @@ from benchmarks.kit.loop import SCHEDULES, Method, averaging
 from benchmarks.problems import data
 from benchmarks.problems.models import vit
 
-SECONDS_PER_STEP = 0.6  # on two CPU cores, scoring included
 BATCH_SIZE = 32
 GRID = (3e-6, 1e-5, 3e-5, 1e-4)
 GROUPS = {"head": r"head/.*", "bias": r".*/bias", "norm": r".*norm.*"}
@@ -108,7 +107,6 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=56, help="a multiple of 14 pixels")
     args = training.parse(parser)
     compared = training.offered(args, methods(args.steps))
-    training.announce(args, compared, SECONDS_PER_STEP)
     with training.bad_input(parser):
         vit.Config(args.image_size)
         task = make_task(load(args), args.image_size)

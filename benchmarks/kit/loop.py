@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 import hidlr_optax as hd
+from benchmarks.kit.store import Job, Row
 
 AVERAGED = ", averaged parameters"  # after the name of what is judged by them
 
@@ -269,6 +270,22 @@ def train(
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)]))
     found |= {"best step": best_step, "batch loss": losses[-1], "finite": finite}
     return found | {"curve": curve}, state
+
+
+def job(key: Row, run: Callable[[jax.Array], Any], told: Callable[[Any], Row]) -> Job:
+    """A run for each seed, compiled once: key -> results, which are told as a row."""
+    compiled = functools.cache(lambda: jax.jit(run))
+    return Job(key, lambda seed: [told(compiled()(jax.random.key(seed)))])
+
+
+def given(rates: Mapping[str, Any]) -> optax.GradientTransformation:
+    """Multiplies the update of each top-level entry of the parameters by its rate."""
+
+    def scaled(updates: Any, params: Any) -> Any:
+        del params
+        return {n: jax.tree.map(lambda u, n=n: rates[n] * u, updates[n]) for n in updates}
+
+    return optax.stateless(scaled)
 
 
 def _quality(found: dict[str, jax.Array]) -> jax.Array:

@@ -141,40 +141,38 @@ class Log:
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]):
-        self.path = path
-        self._steps: dict[tuple[str, int], dict[int, dict[str, Any]]] = {}
-        self._results: dict[tuple[str, int], dict[str, Any]] = {}
+        self._path = path
+        self._steps: dict[tuple[str, int], dict[int, Row]] = collections.defaultdict(dict)
+        self._results: dict[tuple[str, int], Row] = {}
         if not path.exists():
             append(path, [{"settings": dict(settings)}])
-        for row in read(path):
-            self._add(row)
-            if row.get("settings", settings) != settings:
-                raise ValueError(
-                    f"{path} was written with the settings {row['settings']}, not {settings}: "
-                    "choose another --out, or delete it"
-                )
+        first, *rows = read(path)
+        if first["settings"] != settings:
+            raise ValueError(
+                f"{path} was written with the settings {first['settings']}, not {settings}: "
+                "choose another --out, or delete it"
+            )
+        self._add(rows)
 
-    def _add(self, row: dict[str, Any]) -> None:
-        if "settings" in row:
-            return
-        run = row["method"], row["seed"]
-        if "step" in row:
-            self._steps.setdefault(run, {})[row["step"]] = row
-        else:
-            self._results[run] = row
-
-    def write(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Adds rows: with "step" those of a step, without it those of a run's end."""
-        append(self.path, rows)
+    def _add(self, rows: Iterable[Row]) -> None:
         for row in rows:
-            self._add(row)
+            run = row["method"], row["seed"]
+            if "step" in row:
+                self._steps[run][row["step"]] = row
+            else:
+                self._results[run] = row
 
-    def history(self, method: str, seed: int) -> list[dict[str, Any]]:
+    def write(self, rows: Sequence[Row]) -> None:
+        """Adds rows: with "step" those of a step, without it those of a run's end."""
+        append(self._path, rows)
+        self._add(rows)
+
+    def history(self, method: str, seed: int) -> list[Row]:
         """The steps of a run, in order."""
-        steps = self._steps.get((method, seed), {})
+        steps = self._steps[method, seed]
         return [steps[step] for step in sorted(steps)]
 
-    def result(self, method: str, seed: int) -> dict[str, Any] | None:
+    def result(self, method: str, seed: int) -> Row | None:
         """The end of a run, or None if it has not come to it."""
         return self._results.get((method, seed))
 

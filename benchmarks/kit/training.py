@@ -1,4 +1,4 @@
-"""What the comparisons on pretrained models share: methods, one training loop, choice of baselines.
+"""What comparisons of modules that are too large for a scan share: the loop, tuning, the report.
 
 Every run is one `Method` on one `Task` with one seed. Baselines are tuned the usual way: a grid of
 rates for each family, on seed 0, the best by validation score; the other seeds run that one alone.
@@ -265,16 +265,6 @@ def offered(args: Any, methods: Sequence[Method]) -> list[Method]:
         known = ", ".join(f"'{method.name}'" for method in methods)
         raise SystemExit(f"no method {sorted(unknown)}; there are {known}, and their families")
     return [chosen[0], chosen[-1]] if args.quick else chosen
-
-
-def announce(
-    args: Any, methods: Sequence[Method], seconds_per_step: float, problems: int = 1
-) -> None:
-    """Prints how long it will take."""
-    families = len({method.family for method in methods})
-    runs = (len(methods) + families * (args.seeds - 1)) * problems
-    minutes = runs * args.steps * seconds_per_step / 60
-    print(f"{runs} runs of {args.steps} steps: about {minutes:.0f} minutes on two CPU cores")
 
 
 def main(task: Task, methods: Sequence[Method], args: Any) -> None:

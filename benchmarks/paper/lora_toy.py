@@ -26,7 +26,7 @@ import optax
 from matplotlib.figure import Figure
 
 import hidlr_optax as hd
-from benchmarks.kit.loop import Problem, watched
+from benchmarks.kit.loop import Problem, given, job, watched
 from benchmarks.kit.rivals import line_search
 from benchmarks.kit.store import Job, Row, Store, arguments, rounded
 from benchmarks.kit.tables import finite_mean, markdown, mean_sd
@@ -79,16 +79,6 @@ def problem_of(size: Size, key: jax.Array) -> Problem:
     return Problem(lambda _: adapters, loss, size.steps, splits)
 
 
-def given(rates: jax.Array) -> optax.GradientTransformation:
-    """Constant rates for A and B."""
-
-    def scaled(updates: Any, params: Any) -> Any:
-        del params
-        return {"A": rates[0] * updates["A"], "B": rates[1] * updates["B"]}
-
-    return optax.stateless(scaled)
-
-
 def train(rule: Any, size: Size, key: jax.Array) -> dict[str, jax.Array]:
     """One run: losses at the end, and rates and training losses on the way."""
     problem = problem_of(size, key)
@@ -108,25 +98,26 @@ def train(rule: Any, size: Size, key: jax.Array) -> dict[str, jax.Array]:
 
 def constant_job(size: Size) -> Callable[[float, float], Job]:
     """Of two rates; all share one compilation."""
-    compiled = functools.cache(lambda: jax.jit(lambda rates, key: train(given(rates), size, key)))
 
-    def job(a: float, b: float) -> Job:
+    def run(rates: jax.Array, key: jax.Array) -> Any:
+        return train(given({"A": rates[0], "B": rates[1]}), size, key)
+
+    compiled = functools.cache(lambda: jax.jit(run))
+
+    def of_rates(a: float, b: float) -> Job:
         def execute(seed: int) -> list[Row]:
             return [rounded(compiled()(jnp.array([a, b]), jax.random.key(seed)), DIGITS)]
 
         return Job({"method": "grid", "rate_A": a, "rate_B": b} | size._asdict(), execute)
 
-    return job
+    return of_rates
 
 
 def rule_job(method: str, rule: Any, size: Size) -> Job:
     """Of a rule that finds its rates."""
-    compiled = functools.cache(lambda: jax.jit(lambda key: train(rule, size, key)))
-
-    def execute(seed: int) -> list[Row]:
-        return [rounded(compiled()(jax.random.key(seed)), DIGITS)]
-
-    return Job({"method": method, "rate_A": None, "rate_B": None} | size._asdict(), execute)
+    key = {"method": method, "rate_A": None, "rate_B": None} | size._asdict()
+    told = functools.partial(rounded, digits=DIGITS)
+    return job(key, functools.partial(train, rule, size), told)
 
 
 def rules(steps: int) -> dict[str, Any]:

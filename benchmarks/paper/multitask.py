@@ -25,7 +25,6 @@ from benchmarks.kit.loop import Method
 from benchmarks.problems import data
 from benchmarks.problems.models import vit
 
-SECONDS_PER_STEP = 0.015  # on two CPU cores, scoring and the features included
 BATCH_SIZE = 64
 GRID = (3e-3, 1e-2, 3e-2, 1e-1)
 
@@ -168,7 +167,6 @@ def main() -> None:
     parser = training.arguments(__doc__, "multitask", steps=300)
     args = training.parse(parser)
     compared = training.offered(args, methods(args.steps))
-    training.announce(args, compared, SECONDS_PER_STEP, problems=2)
     for problem in (yeast, digits):
         print(f"\n{problem.__doc__}\n")
         part = argparse.Namespace(**vars(args) | {"out": args.out / problem.__name__})

@@ -30,7 +30,7 @@ from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
 
 import hidlr_optax as hd
-from benchmarks.kit.loop import Method, Problem, watched
+from benchmarks.kit.loop import Method, Problem, job, watched
 from benchmarks.kit.rivals import OTHERS
 from benchmarks.kit.store import Job, Row, Store, arguments, rounded
 from benchmarks.kit.tables import finite_mean, markdown, mean_sd
@@ -208,19 +208,19 @@ def jobs(name: str, study: Study, epochs: int) -> list[Job]:
 
         compiled = functools.cache(lambda: jax.jit(run))
 
-        def job(rate: float) -> Job:
+        def of_rate(rate: float) -> Job:
             key = {"problem": name, "method": schedule, "rate": rate, "epochs": epochs}
             return Job(key, lambda seed: [rounded(compiled()(rate, jax.random.key(seed)), 6)])
 
-        return job
+        return of_rate
 
     def given(method: str, make: Callable[[], Method]) -> Job:
-        compiled = functools.cache(lambda: jax.jit(lambda key: train(problem, make(), key)))
         key = {"problem": name, "method": method, "rate": None, "epochs": epochs}
-        return Job(key, lambda seed: [rounded(compiled()(jax.random.key(seed)), 6)])
+        told = functools.partial(rounded, digits=6)
+        return job(key, lambda key: train(problem, make(), key), told)
 
     compiled = map(tuned, schedules(problem.steps))  # each once, for all rates
-    found = [job(rate) for job in compiled for rate in study.grid]
+    found = [of_rate(rate) for of_rate in compiled for rate in study.grid]
     methods = untuned(problem, study.interval)
     return found + [given(method, make) for method, make in methods.items()]
 

@@ -10,7 +10,7 @@ import optax
 
 import hidlr_optax as hd
 from benchmarks.kit.costs import FINDING, STEP, Looks, looks, probe_looks
-from benchmarks.kit.loop import SCHEDULES, Method, Problem, averaging, plain, train
+from benchmarks.kit.loop import SCHEDULES, Method, Problem, averaging, job, plain, train
 from benchmarks.kit.rivals import OTHERS, gen_hidlr
 from benchmarks.kit.store import Job, Row
 from benchmarks.problems.small import PROBLEMS
@@ -156,13 +156,8 @@ def case_job(name: str, case: Case, steps: int | None) -> Job:
 def other_job(method: str, name: str, steps: int | None) -> Job:
     """An optimizer without a learning rate on a problem."""
 
-    @functools.cache
-    def compiled() -> Any:
+    def run(key: jax.Array) -> Any:
         problem = load(name, steps)
-        rival = OTHERS[method](problem.steps)
-        return jax.jit(lambda key: train(problem, rival, key, CHECKS)[0])
+        return train(problem, OTHERS[method](problem.steps), key, CHECKS)[0]
 
-    def execute(seed: int) -> list[Row]:
-        return [plain(compiled()(jax.random.key(seed)))]
-
-    return Job({"method": method, "workload": name}, execute)
+    return job({"method": method, "workload": name}, run, plain)

@@ -14,7 +14,7 @@ import optax
 
 import hidlr_optax as hd
 from benchmarks.kit import store
-from benchmarks.kit.loop import Problem, run
+from benchmarks.kit.loop import Problem, given, run
 from benchmarks.units import more, problems
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {
@@ -61,15 +61,10 @@ def geometric_mean(losses: Any) -> Any:
     return np.exp(np.log(np.clip(np.nan_to_num(losses, nan=WORST), 1e-30, WORST)).mean(-1))
 
 
-def given(problem: Problem, rates: dict[str, Any]) -> optax.GradientTransformation:
+def fixed(problem: Problem, rates: dict[str, Any]) -> optax.GradientTransformation:
     """The direction with a given rate for each group."""
-
-    def scale(updates: Any, params: Any) -> Any:
-        del params
-        return {n: jax.tree.map(lambda x, n=n: x * rates[n], updates[n]) for n in updates}
-
     schedule = optax.scale_by_schedule(cosine(problem))
-    return optax.chain(problem.direction(1.0), optax.stateless(scale), schedule)
+    return optax.chain(problem.direction(1.0), given(rates), schedule)
 
 
 def tuned(name: str) -> dict[str, Any]:
@@ -90,7 +85,7 @@ def transformation(method: str, name: str, problem: Problem) -> optax.GradientTr
     if method.startswith("tuned"):
         row = tuned(name)
         same = method == "tuned, one rate"
-        return given(problem, dict.fromkeys(names, row["uniform"]) if same else row["rates"])
+        return fixed(problem, dict.fromkeys(names, row["uniform"]) if same else row["rates"])
     if method == "L-BFGS":
         return optax.lbfgs() if problem.deterministic else None
     if method == "Prodigy":
