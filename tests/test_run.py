@@ -1,5 +1,7 @@
 """The suites of `benchmarks/run.py`: what they run, and what they publish of it."""
 
+import ast
+import graphlib
 import importlib.util
 import json
 
@@ -57,3 +59,16 @@ def test_a_run_that_has_ended_well_is_not_run_again(tmp_path, monkeypatch):
     for _ in range(2):
         assert run.run("quadratic", "paper", _paths(tmp_path)).status == 1
     assert calls == ["toys", "quadratic", "quadratic"]
+
+
+def test_rooms_import_each_other_in_no_circle():
+    rooms = {}
+    for path in run.HERE.rglob("*.py"):
+        room = path.relative_to(run.HERE).parts[0]
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("benchmarks."):
+                rooms.setdefault(room, set()).add(node.module.split(".")[1])
+    others = {room: found - {room} for room, found in rooms.items()}
+    assert "kit" in list(graphlib.TopologicalSorter(others).static_order())  # raises at a circle
+    assert not others["kit"]
+    assert others["problems"] == {"kit"}

@@ -67,6 +67,17 @@ def fixed(problem: Problem, rates: dict[str, Any]) -> optax.GradientTransformati
     return optax.chain(problem.direction(1.0), given(rates), schedule)
 
 
+def lbfgs() -> optax.GradientTransformationExtraArgs:
+    """L-BFGS with Optax's line search, which refuses a batch beside its function."""
+    inner = optax.lbfgs()
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        known = {name: extra[name] for name in ("value", "grad", "value_fn")}
+        return inner.update(updates, state, params, **known)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
 def tuned(name: str) -> dict[str, Any]:
     """What `tune` found for a problem.
 
@@ -87,7 +98,7 @@ def transformation(method: str, name: str, problem: Problem) -> optax.GradientTr
         same = method == "tuned, one rate"
         return fixed(problem, dict.fromkeys(names, row["uniform"]) if same else row["rates"])
     if method == "L-BFGS":
-        return optax.lbfgs() if problem.deterministic else None
+        return lbfgs() if problem.deterministic else None
     if method == "Prodigy":
         return prodigy(schedule)
     if method == "Prodigy per group":
