@@ -1,4 +1,4 @@
-"""The one loop of the benchmarks against plain Python, on a line that is fitted by least squares."""
+"""The one loop of the benchmarks against plain Python: a line that is fitted by least squares."""
 
 import jax
 import jax.numpy as jnp
