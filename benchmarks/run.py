@@ -1,15 +1,15 @@
 """Every exhibit of the paper, or its stand-in on free data, from one command.
 
-Each exhibit is one of the scripts beside this one; all of them keep their runs as JSON lines and go
-on where they were stopped, and so does this. `smoke` does a few steps of each, `paper` takes hours
-(each exhibit's minutes, and the sizes that are scaled down, are in `EXHIBITS`), `full` has the
-sizes of the paper where they differ.
+Each exhibit is a module of the rooms beside this file. All of them keep their runs as JSON lines
+and go on where they were stopped, and so does this. `smoke` does a few steps of each, `paper`
+takes hours (the minutes of each exhibit, and the sizes that are scaled down, are in `EXHIBITS`),
+`full` has the sizes of the paper where they differ.
 
     pip install -e '.[bench]'
     python -m benchmarks.run --suite smoke
     python -m benchmarks.run --suite paper --data-dir GLUE --e2e-dir E2E
     python -m benchmarks.run --suite paper --report     # tables and figures of what has run
-    python -m benchmarks.run --suite paper --publish    # the same into TABLES.md and docs
+    python -m benchmarks.run --suite paper --publish    # the same into OUT/TABLES.md and docs
 """
 
 import argparse
@@ -42,133 +42,107 @@ _ONE_CORE = {
 
 
 class Exhibit(NamedTuple):
-    """A part of the paper, and the script that shows it.
+    """A part of the paper, and the module that shows it.
 
     Attributes:
       shows: the figures and tables of the paper.
-      script: its file; `__main__.py` of a package.
-      smoke: arguments of a few steps; where `{out}` stands, the folder and name of its files goes.
-        None: not in this suite.
+      module: what Python is told to run, in `benchmarks`.
+      out: how the name of its rows, figure or folder ends, which `--out` is told.
+      minutes: of the suite that takes hours, on one core.
+      smoke: further arguments of a few steps. None: not in this suite.
       paper: of the suite that takes hours.
       full: of the paper's own sizes.
-      report: of what makes tables and figures from the rows; None where the run itself does.
-      minutes: of `paper`, on one core.
+      report: of what makes tables and figures from the rows, where `{out}` is the folder and the
+        name; None where the run itself does.
       figures: those that are published, file under the folder of results -> file under docs.
     """
 
     shows: str
-    script: str
-    smoke: str | None
-    paper: str | None
-    full: str | None
-    report: str | None
+    module: str
+    out: str
     minutes: float
+    smoke: str | None = "--quick"
+    paper: str | None = ""
+    full: str | None = "--full"
+    report: str | None = None
     figures: Mapping[str, str] = types.MappingProxyType({})
 
-    @property
-    def place(self) -> str:
-        """What Python is told to run, in the folder above this one."""
-        path = Path("benchmarks", self.script)
-        return f"-m {'.'.join(path.parent.parts)}" if path.stem == "__main__" else str(path)
-
     def arguments(self, suite: str) -> str | None:
-        """Of a suite; None where it has no part of it."""
-        return {"smoke": self.smoke, "paper": self.paper, "full": self.full}[suite]
+        """Of a suite, or of its report; None where it has no part of it."""
+        more = {"smoke": self.smoke, "paper": self.paper, "full": self.full, "report": self.report}
+        return None if more[suite] is None else f"--out {{out}}{self.out} {more[suite]}"
 
 
-def _sized(
-    shows: str, script: str, report: str, minutes: float, figures: Mapping[str, str]
-) -> Exhibit:
-    """A script with rows in one file, `--quick` and `--full`."""
-    rows = "--out {out}.jsonl"
-    quick, full = f"{rows} --quick", f"{rows} --full"
-    return Exhibit(shows, script, quick, rows, full, f"{rows} {report}", minutes, figures)
-
-
+_DRAWN = "--report --figure {out}.png"
 EXHIBITS: dict[str, Exhibit] = {
-    "quadratic": _sized(
+    "quadratic": Exhibit(
         "Figure 1",
-        "quadratic_fit.py",
-        "--report --figure {out}.png",
+        "paper.quadratic_fit",
+        ".jsonl",
         1,
-        {"quadratic.png": "quadratic-fit.png"},
+        report=_DRAWN,
+        figures={"quadratic.png": "quadratic-fit.png"},
     ),
     "toys": Exhibit(
-        "Figure 2",
-        "toys.py",
-        "--out {out}.png",
-        "--out {out}.png",
-        "--out {out}.png",
-        None,
-        1,
-        {"toys.png": "toys.png"},
+        "Figure 2", "paper.toys", ".png", 1, smoke="", full="", figures={"toys.png": "toys.png"}
     ),
     "multitask": Exhibit(
         "Figures 3 and 4",
-        "multitask.py",
-        "--out {out} --quick",
-        "--out {out} --seeds 3",
-        "--out {out} --seeds 5 --steps 1000",
-        None,
+        "paper.multitask",
+        "",
         20,
-        {"multitask/yeast/influence-Hi-DLR.png": "yeast-influence.png"},
+        paper="--seeds 3",
+        full="--seeds 5 --steps 1000",
+        figures={"multitask/yeast/influence-Hi-DLR.png": "yeast-influence.png"},
     ),
-    "nam": _sized(
-        "Figures 5, 11 and 12", "nam.py", "--report --figure {out}.png", 40, {"nam.png": "nam.png"}
+    "nam": Exhibit(
+        "Figures 5, 11 and 12",
+        "paper.nam",
+        ".jsonl",
+        40,
+        report=_DRAWN,
+        figures={"nam.png": "nam.png"},
     ),
-    "lora_toy": _sized(
+    "lora_toy": Exhibit(
         "Figure 13",
-        "lora_toy.py",
-        "--report --figure {out}.png",
+        "paper.lora_toy",
+        ".jsonl",
         10,
-        {"lora_toy.png": "lora-toy.png"},
+        report=_DRAWN,
+        figures={"lora_toy.png": "lora-toy.png"},
     ),
     "wall_clock": Exhibit(
         "Figure 14",
-        "overhead.py",
-        "--out {out}.json --quick",
-        "--out {out}.json --problems transformer --groups 1 3"
-        " --rules hidlr 'first version, one at a time'",
-        "--out {out}.json",
-        None,
+        "cost.overhead",
+        ".json",
         8,
+        paper="--problems transformer --groups 1 3 --rules hidlr 'first version, one at a time'",
+        full="",
     ),
     "fine_tuning": Exhibit(
         "Tables 1 and 2, frozen lower layers",
-        "finetuning.py",
-        None,
-        "--out {out}.jsonl --seeds 3 --methods 'hidlr, cosine' {data}",
-        "--out {out}.jsonl --seeds 5 {data}",
-        "--out {out}.jsonl --report {data}",
+        "finetune.frozen",
+        ".jsonl",
         30,
+        smoke=None,
+        paper="--seeds 3 --methods 'hidlr, cosine' {data}",
+        full="--seeds 5 {data}",
+        report="--report {data}",
     ),
     "vision": Exhibit(
-        "Table 1, DINOv2 as a whole",
-        "finetune_vision.py",
-        "--out {out} --quick",
-        None,
-        "--out {out} --seeds 3",
-        None,
-        120,
+        "Table 1, DINOv2 as a whole", "finetune.vision", "", 120, paper=None, full="--seeds 3"
     ),
     "text": Exhibit(
-        "Table 2, MiniLM by LoRA",
-        "finetune_text.py",
-        "--out {out} --quick",
-        None,
-        "--out {out} --seeds 3 {glue}",
-        None,
-        120,
+        "Table 2, MiniLM by LoRA", "finetune.text", "", 120, paper=None, full="--seeds 3 {glue}"
     ),
     "influence": Exhibit(
         "Figures 6 and 7, Tables 3 and 4",
-        "adaptive_peft.py",
-        "--out {out} --quick",
-        "--out {out} --steps 60 {e2e}",
-        "--out {out} {e2e}",
-        None,
+        "paper.influence",
+        "",
         105,
-        {
+        paper="--steps 60 {e2e}",
+        full="{e2e}",
+        figures={
             "influence/influence-MiniLM-snippets.png": "peft-influence.png",
             "influence/influence-GPT-E2E.png": "peft-influence-gpt.png",
             "influence/pareto-MiniLM-snippets.png": "peft-pareto.png",
@@ -176,32 +150,31 @@ EXHIBITS: dict[str, Exhibit] = {
     ),
     "rivals": Exhibit(
         "rivals, schedules and performance profile",
-        "robustness.py",
-        "--out {out}.jsonl --suite smoke --figure {out}.png",
-        "--out {out}.jsonl --suite paper",
-        "--out {out}.jsonl",
-        "--out {out}.jsonl --report --details --figure {out}.png",
+        "rule.robustness",
+        ".jsonl",
         60,
-        {"rivals.png": "robustness.png", "rivals-targets.png": "robustness-targets.png"},
+        smoke="--suite smoke --figure {out}.png",
+        paper="--suite paper",
+        full="",
+        report="--report --details --figure {out}.png",
+        figures={"rivals.png": "robustness.png", "rivals-targets.png": "robustness-targets.png"},
     ),
     "units": Exhibit(
         "groups with different units",
-        "units/__main__.py",
-        "predator_prey --methods hidlr --seeds 1 --out {out}.jsonl",
-        "--out {out}.jsonl",
-        "--out {out}.jsonl",
-        None,
+        "units",
+        ".jsonl",
         40,
+        smoke="predator_prey --methods hidlr --seeds 1",
+        full="",
     ),
-    "ablations": _sized("what reviewers asked for", "ablations.py", "--report", 25, {}),
     "scripts": Exhibit(
         "public training scripts",
-        "real_scripts.py",
-        "--out {out}.jsonl --quick --scripts vae pinn",
-        None,
-        "--out {out}.jsonl --seeds 3",
-        None,
+        "scripts.compare",
+        ".jsonl",
         30,
+        smoke="--quick --scripts vae pinn",
+        paper=None,
+        full="--seeds 3",
     ),
 }
 
@@ -250,10 +223,11 @@ class Outcome(NamedTuple):
 
 
 def command(name: str, arguments: str, paths: Paths) -> list[str]:
-    """What runs the script of an exhibit."""
+    """What runs the module of an exhibit."""
     out = shlex.quote(str(paths.out.resolve() / name))
     filled = arguments.format(out=out, **paths.options())
-    return [sys.executable, *EXHIBITS[name].place.split(), *shlex.split(filled)]
+    module = f"benchmarks.{EXHIBITS[name].module}"
+    return [sys.executable, "-m", module, *shlex.split(filled)]
 
 
 def execute(words: list[str], name: str, paths: Paths) -> int:
@@ -267,7 +241,7 @@ def execute(words: list[str], name: str, paths: Paths) -> int:
 
 def report(name: str, paths: Paths) -> int:
     """Tables and figures of an exhibit's rows, where the run has not made them; the exit status."""
-    arguments = EXHIBITS[name].report
+    arguments = EXHIBITS[name].arguments("report")
     if arguments is None:
         return 0
     return execute(command(name, arguments, paths), name, paths)
@@ -311,15 +285,16 @@ def publish(suite: str, names: list[str], paths: Paths, page: Path, docs: Path) 
         minutes[run["name"]] += run["minutes"]
     hours = sum(minutes[name] for name in names) / 60
     made = f"Made by `python -m benchmarks.run --suite {suite} --publish`: {hours:.1f} hours of one"
-    made += f" core, jax {version('jax')}, optax {version('optax')}. What the tables say is in the"
-    made += " [README](README.md), what was tried beside in the [studies](STUDIES.md)."
+    made += (
+        f" core, jax {version('jax')}, optax {version('optax')}, the rule as it is in this tree."
+    )
     parts = ["# Tables", made]
     for name in sorted(names, key=list(EXHIBITS).index):
         exhibit = EXHIBITS[name]
         shown = [line for line in paths.tables(name).read_text().splitlines() if where not in line]
         arguments = (exhibit.arguments(suite) or "").format(out=name, data="…", glue="…", e2e="…")
         head = f"## {name}: {exhibit.shows}"
-        how = f"`python {exhibit.place} {arguments}`, {minutes[name]:.0f} minutes."
+        how = f"`python -m benchmarks.{exhibit.module} {arguments}`, {minutes[name]:.0f} minutes."
         parts.append("\n\n".join([head, how, "\n".join(shown).strip()]))
         for file, published in exhibit.figures.items():
             shutil.copy(paths.out / file, docs / published)
@@ -337,7 +312,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="one core each")
     parser.add_argument("--report", action="store_true", help="run nothing, only report")
     parser.add_argument(
-        "--publish", action="store_true", help="run nothing, write TABLES.md and docs' figures"
+        "--publish",
+        action="store_true",
+        help="run nothing, write TABLES.md and the figures of docs",
     )
     parser.add_argument("--data-dir", type=Path, help="a folder in GLUE's layout")
     parser.add_argument("--e2e-dir", type=Path, help="with devset.csv and testset_w_refs.csv")
@@ -354,7 +331,7 @@ def main() -> None:
             print(f"{EXHIBITS[name].shows}: {paths.out / name}.*")
         return
     if args.publish:
-        publish(args.suite, names, paths, HERE / "TABLES.md", HERE.parent / "docs")
+        publish(args.suite, names, paths, paths.out / "TABLES.md", HERE.parent / "docs")
         return
     minutes = sum(EXHIBITS[name].minutes for name in names)
     if args.suite == "paper":

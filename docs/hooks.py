@@ -20,7 +20,6 @@ ROOT = Path(__file__).parent.parent
 PAGES = {
     "README.md": "index.md",
     "benchmarks/README.md": "benchmarks.md",
-    "benchmarks/TABLES.md": "tables.md",
     "benchmarks/STUDIES.md": "studies.md",
     "benchmarks/PRETRAINED.md": "pretrained.md",
     "examples/README.md": "examples.md",

@@ -41,7 +41,7 @@ def test_examples_import_nothing_of_each_other(path):
 
 def _calls_of(name):
     """(file, line, keywords) of all calls of a function in examples and benchmarks."""
-    for path in sorted([*EXAMPLES.glob("*.py"), *(EXAMPLES.parent / "benchmarks").glob("*.py")]):
+    for path in sorted([*EXAMPLES.glob("*.py"), *(EXAMPLES.parent / "benchmarks").rglob("*.py")]):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == name:
                 keywords = {word.arg: ast.unparse(word.value) for word in node.keywords}

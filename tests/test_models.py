@@ -11,19 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from data import download
 from flax import nnx
-from models import layers, lora
 
 import hidlr_optax as hd
+from benchmarks.problems.data import download
+from benchmarks.problems.models import layers, lora
 from hidlr_optax._paths import leaf_paths
 
 # Where the packages of the models are not installed, there is nothing to test.
 tokenizers = pytest.importorskip("tokenizers")
 onnx = pytest.importorskip("onnx")
-bert = pytest.importorskip("models.bert")
-vit = pytest.importorskip("models.vit")
-gpt = pytest.importorskip("models.gpt")
+bert = pytest.importorskip("benchmarks.problems.models.bert")
+vit = pytest.importorskip("benchmarks.problems.models.vit")
+gpt = pytest.importorskip("benchmarks.problems.models.gpt")
 
 BERT = bert.Config(vocabulary=40, positions=16, width=12, layers=2, heads=3, hidden=20)
 VIT = vit.Config(image_size=42, width=12, layers=2, heads=3, hidden=20)

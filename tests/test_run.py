@@ -1,9 +1,13 @@
 """The suites of `benchmarks/run.py`: what they run, and what they publish of it."""
 
+import ast
+import graphlib
+import importlib.util
 import json
 
 import pytest
-import run
+
+from benchmarks import run
 
 
 def _paths(out, **folders):
@@ -18,7 +22,7 @@ def test_every_exhibit_of_a_suite_is_a_command(tmp_path, suite):
     for name in names:
         arguments = run.EXHIBITS[name].arguments(suite)
         words = run.command(name, arguments, _paths(tmp_path, **folders))
-        assert (run.HERE / run.EXHIBITS[name].script).is_file()
+        assert importlib.util.find_spec(f"benchmarks.{run.EXHIBITS[name].module}")
         assert not any("{" in word for word in words)
         assert not any(word.endswith("some") for word in words)  # a blank in a path splits nothing
 
@@ -55,3 +59,16 @@ def test_a_run_that_has_ended_well_is_not_run_again(tmp_path, monkeypatch):
     for _ in range(2):
         assert run.run("quadratic", "paper", _paths(tmp_path)).status == 1
     assert calls == ["toys", "quadratic", "quadratic"]
+
+
+def test_rooms_import_each_other_in_no_circle():
+    rooms = {}
+    for path in run.HERE.rglob("*.py"):
+        room = path.relative_to(run.HERE).parts[0]
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("benchmarks."):
+                rooms.setdefault(room, set()).add(node.module.split(".")[1])
+    others = {room: found - {room} for room, found in rooms.items()}
+    assert "kit" in list(graphlib.TopologicalSorter(others).static_order())  # raises at a circle
+    assert not others["kit"]
+    assert others["problems"] == {"kit"}

@@ -1,16 +1,16 @@
 """Steps and work to a target, and what a rule's looks at the loss are worth."""
 
-import costs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import targets
-from robustness import RULES
 from support import promoting
 
 import hidlr_optax as hd
+from benchmarks.kit import costs
+from benchmarks.rule import targets
+from benchmarks.rule.methods import RULES
 
 
 def _row(method, curve, **fields):

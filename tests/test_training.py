@@ -5,21 +5,20 @@ import json
 import math
 import zipfile
 
-import data
-import finetune_text
 import jax
 import jax.numpy as jnp
-import language
 import numpy as np
 import optax
-import pretrained
 import pytest
-import training
 from flax import nnx
-from store import Log
 from support import promoting
 
 import hidlr_optax as hd
+from benchmarks.finetune import text as finetune_text
+from benchmarks.kit import training
+from benchmarks.kit.loop import Method, averaging
+from benchmarks.kit.store import Log
+from benchmarks.problems import data, language, pretrained
 
 
 def _write(path, text):
@@ -182,13 +181,17 @@ def _given():
     return optax.chain(_adam(), training.given_rates(training.label_all))
 
 
+def _method(tx, name):
+    return Method(tx, name=name, family=name)
+
+
 def _rule():
     labels = {"weight": "weight", "bias": "bias"}
-    return training.Method("rule", "rule", optax.chain(_adam(), hd.hidlr(None, labels)))
+    return _method(optax.chain(_adam(), hd.hidlr(None, labels)), "rule")
 
 
 def _args(tmp_path, **kwargs):
-    defaults = {"steps": 12, "seeds": 2, "checkpoint_every": 5, "out": tmp_path}
+    defaults = {"steps": 12, "seeds": 2, "out": tmp_path}
     return argparse.Namespace(**defaults | kwargs)
 
 
@@ -211,38 +214,8 @@ def test_tuned_rates_follow_their_schedule_and_factors():
     assert warm.rates(2)["u"] == pytest.approx(1.0)
 
 
-def test_a_run_that_was_cut_short_ends_as_if_it_had_not(tmp_path):
-    whole, cut = _args(tmp_path / "whole"), _args(tmp_path / "cut")
-    for method in (_rule(), training.Method("given", "given", _given(), lambda n: {"all": 0.1})):
-        log = Log(whole.out / "log.jsonl", {})
-        training.train(TASK, method, 1, training.make_step(TASK), whole, log)
-        expected = log.result(method.name, 1)
-
-        calls = iter(range(8))  # stops in the eighth step, after the checkpoint at five
-
-        def interrupted(seed, step, calls=calls):
-            if next(calls, None) is None:
-                raise KeyboardInterrupt
-            return _batch(seed, step)
-
-        broken = TASK._replace(batch=interrupted)
-        log = Log(cut.out / "log.jsonl", {})
-        with pytest.raises(KeyboardInterrupt):
-            training.train(broken, method, 1, training.make_step(broken), cut, log)
-        log = Log(cut.out / "log.jsonl", {})  # read anew
-        assert log.result(method.name, 1) is None
-        assert len(log.history(method.name, 1)) == 5
-        training.train(TASK, method, 1, training.make_step(TASK), cut, log)
-        log = Log(cut.out / "log.jsonl", {})
-        resumed = log.result(method.name, 1)
-        assert resumed["test"] == expected["test"]
-        assert resumed["train_loss"] == expected["train_loss"]
-        assert [row["step"] for row in log.history(method.name, 1)] == list(range(12))
-    assert not list((cut.out / "checkpoints").iterdir())
-
-
 def test_an_average_is_judged_in_place_of_the_last_parameters(tmp_path):
-    last = training.Method("given", "given", _given(), lambda n: {"all": 0.1})
+    last = _method(_given(), "given")._replace(rates=lambda n: {"all": 0.1})
     step, seen = training.make_step(TASK), []
 
     def evaluate(model, part):
@@ -250,15 +223,14 @@ def test_an_average_is_judged_in_place_of_the_last_parameters(tmp_path):
         return _evaluate(model, part)
 
     def final_weight(method, steps):
-        args = _args(tmp_path / method.name / str(steps), steps=steps)
-        log = Log(args.out / "log.jsonl", {})
-        training.train(TASK._replace(evaluate=evaluate), method, 0, step, args, log)
+        log = Log(tmp_path / method.name / str(steps) / "log.jsonl", {})
+        training.train(TASK._replace(evaluate=evaluate), method, 0, step, steps, log)
         return seen[-1]
 
     path = [final_weight(last, steps) for steps in range(1, 7)]
     # The t-th of n weighs Γ(t + γ)/Γ(t), up to a factor: the recursion of the average, unrolled.
     weights = [math.gamma(t + 8) / math.gamma(t) for t in range(1, 7)]
-    (averaged,) = training.averaging([last])
+    averaged = averaging(last)
     assert averaged.name == averaged.family == "given, averaged parameters"
     expected = np.average(path, axis=0, weights=weights)
     np.testing.assert_allclose(final_weight(averaged, 6), expected, rtol=1e-5)

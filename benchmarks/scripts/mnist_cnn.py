@@ -14,7 +14,7 @@ from flax import nnx
 
 import hidlr_optax as hd
 import hidlr_optax.flax as hdf
-from scripts.script import Loop, Script, epochs, mnist
+from benchmarks.scripts.script import Loop, Script, epochs, mnist
 
 
 class CNN(nnx.Module):

@@ -1,7 +1,7 @@
 """A physics-informed network for the heat equation, whose solution is known; plain JAX.
 
 u_t = u_xx / 16 on [0, 1]², u = 0 at both sides, and u = sin πx + ½ sin 3πx at the start. Points are
-drawn anew for every step. (Burgers' equation is in `hard_cases.py`.)
+drawn anew for every step.
 """
 
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from workloads import apply, mlp_init
 
 import hidlr_optax as hd
-from scripts.script import Loop, Script
+from benchmarks.problems.small import apply, mlp_init
+from benchmarks.scripts.script import Loop, Script
 
 DIFFUSIVITY = 1 / 16
 WAVES = {1: 1.0, 3: 0.5}

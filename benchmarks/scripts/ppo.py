@@ -1,7 +1,7 @@
 """PPO on CartPole in plain JAX, one file from the environment to the returns.
 
-    python benchmarks/scripts/ppo.py --optimizer adam --seeds 3
-    python benchmarks/scripts/ppo.py --optimizer hidlr --seeds 3
+    python -m benchmarks.scripts.ppo --optimizer adam --seeds 3
+    python -m benchmarks.scripts.ppo --optimizer hidlr --seeds 3
 
 The environment is Gymnasium's CartPole-v1. The settings are CleanRL's: four environments of 128
 steps, four epochs of four mini-batches. Adam's rate is tuned: at CleanRL's 2.5e-4, one seed of

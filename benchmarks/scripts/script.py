@@ -4,8 +4,9 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import data
 import numpy as np
+
+from benchmarks.problems import data
 
 
 class Loop(NamedTuple):

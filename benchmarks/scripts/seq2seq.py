@@ -16,7 +16,7 @@ from flax.training import train_state
 
 import hidlr_optax as hd
 import hidlr_optax.flax as hdf
-from scripts.script import Loop, Script, epochs
+from benchmarks.scripts.script import Loop, Script, epochs
 
 CHARACTERS = " 0123456789+="  # a space also ends an answer, and "=" begins it
 QUESTION, ANSWER, HIDDEN = 6, 4, 128

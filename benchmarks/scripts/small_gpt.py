@@ -13,11 +13,11 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from models.gpt import GPT, Config
 
 import hidlr_optax as hd
 import hidlr_optax.flax as hdf
-from scripts.script import Loop, Script
+from benchmarks.problems.models.gpt import GPT, Config
+from benchmarks.scripts.script import Loop, Script
 
 MINI_STEPS, WINDOW = 4, 64
 

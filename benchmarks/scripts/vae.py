@@ -11,7 +11,7 @@ from flax.training import train_state
 
 import hidlr_optax as hd
 import hidlr_optax.flax as hdf
-from scripts.script import Loop, Script, epochs, mnist
+from benchmarks.scripts.script import Loop, Script, epochs, mnist
 
 
 class VAE(nn.Module):

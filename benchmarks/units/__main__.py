@@ -10,8 +10,8 @@ Prints final losses, and over those of tuned rates. Runs are kept in --out and n
 import argparse
 from pathlib import Path
 
-from .compare import METHODS, PROBLEMS, compare
-from .tune import tune
+from benchmarks.units.compare import METHODS, PROBLEMS, compare
+from benchmarks.units.tune import tune
 
 
 def main() -> None:

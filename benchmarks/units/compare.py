@@ -13,10 +13,9 @@ import numpy as np
 import optax
 
 import hidlr_optax as hd
-from benchmarks import store
-
-from . import more, problems
-from .problems import Problem
+from benchmarks.kit import store
+from benchmarks.kit.loop import Problem, given, run
+from benchmarks.units import more, problems
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     "predator_prey": problems.predator_prey,
@@ -52,20 +51,8 @@ def train(
     problem: Problem, tx: optax.GradientTransformation, seed: Any
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """One run, to be jitted: the final loss, and the rates of the groups if the state has them."""
-    tx = optax.with_extra_args_support(tx)
-    init_key, batch_key = jax.random.split(jax.random.key(seed))
-    params = problem.init(init_key)
-
-    def step(carry: Any, key: jax.Array) -> Any:
-        params, state = carry
-        batch = problem.sample(key)
-        value, grad = jax.value_and_grad(problem.loss)(params, batch)
-        updates, state = tx.update(grad, state, params, batch=batch, value=value, grad=grad)
-        return (optax.apply_updates(params, updates), state), None
-
-    keys = jax.random.split(batch_key, problem.steps)
-    (params, state), _ = jax.lax.scan(step, (params, tx.init(params)), keys)
-    return problem.evaluate(params), optax.tree.get(state, "group_learning_rates", {})
+    params, state = run(problem, tx, jax.random.key(seed))
+    return problem.judged(params), optax.tree.get(state, "group_learning_rates", {})
 
 
 def geometric_mean(losses: Any) -> Any:
@@ -74,24 +61,18 @@ def geometric_mean(losses: Any) -> Any:
     return np.exp(np.log(np.clip(np.nan_to_num(losses, nan=WORST), 1e-30, WORST)).mean(-1))
 
 
-def given(problem: Problem, rates: dict[str, Any]) -> optax.GradientTransformation:
+def fixed(problem: Problem, rates: dict[str, Any]) -> optax.GradientTransformation:
     """The direction with a given rate for each group."""
-
-    def scale(updates: Any, params: Any) -> Any:
-        del params
-        return {n: jax.tree.map(lambda x, n=n: x * rates[n], updates[n]) for n in updates}
-
     schedule = optax.scale_by_schedule(cosine(problem))
-    return optax.chain(problem.direction(1.0), optax.stateless(scale), schedule)
+    return optax.chain(problem.direction(1.0), given(rates), schedule)
 
 
-def lbfgs(problem: Problem) -> optax.GradientTransformationExtraArgs:
-    """L-BFGS with Optax's line search, as many steps as the others have."""
+def lbfgs() -> optax.GradientTransformationExtraArgs:
+    """L-BFGS with Optax's line search, which refuses a batch beside its function."""
     inner = optax.lbfgs()
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        batch, value, grad = (extra.get(name) for name in ("batch", "value", "grad"))
-        known = {"value": value, "grad": grad, "value_fn": lambda p: problem.loss(p, batch)}
+        known = {name: extra[name] for name in ("value", "grad", "value_fn")}
         return inner.update(updates, state, params, **known)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
@@ -115,9 +96,9 @@ def transformation(method: str, name: str, problem: Problem) -> optax.GradientTr
     if method.startswith("tuned"):
         row = tuned(name)
         same = method == "tuned, one rate"
-        return given(problem, dict.fromkeys(names, row["uniform"]) if same else row["rates"])
+        return fixed(problem, dict.fromkeys(names, row["uniform"]) if same else row["rates"])
     if method == "L-BFGS":
-        return lbfgs(problem) if problem.deterministic else None
+        return lbfgs() if problem.deterministic else None
     if method == "Prodigy":
         return prodigy(schedule)
     if method == "Prodigy per group":
@@ -148,10 +129,10 @@ def job(name: str, method: str) -> store.Job | None:
     tx = transformation(method, name, problem)
     if tx is None:
         return None
-    run = jax.jit(lambda seed: train(problem, tx, seed))
+    compiled = jax.jit(lambda seed: train(problem, tx, seed))
 
     def execute(seed: int) -> list[store.Row]:
-        loss, rates = run(seed)
+        loss, rates = compiled(seed)
         found = {group: float(f"{float(rate):.3g}") for group, rate in rates.items()}
         return [{"loss": float(loss), "rates": found}]
 

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .problems import Problem, apply, dense, nothing, photograph, runge_kutta
+from benchmarks.kit.loop import Problem
+from benchmarks.problems.small import apply, dense
+from benchmarks.units.problems import photograph, runge_kutta
 
 
 def render(p: Any, places: jax.Array) -> jax.Array:
@@ -61,7 +63,9 @@ def splats(size: int = 128, gaussians: int = 400, steps: int = 500, batch: int =
     def sample(key: jax.Array) -> jax.Array:
         return jax.random.randint(key, (batch,), 0, size * size)
 
-    return Problem(init, loss, sample, lambda p: loss(p, jnp.arange(size * size)), steps)
+    return Problem(
+        init, loss, steps, sample=sample, evaluate=lambda p: loss(p, jnp.arange(size * size))
+    )
 
 
 ENZYME = {"kcat": 40.0, "km": 50.0, "ki": 12.0, "extinction": 0.00622, "baseline": 0.05}
@@ -104,7 +108,7 @@ def enzyme_kinetics(steps: int = 500) -> Problem:
     def momentum(rate: float) -> optax.GradientTransformation:
         return optax.sgd(rate, momentum=0.9)
 
-    return Problem(init, loss, nothing, lambda p: loss(p, None), steps, momentum, True)
+    return Problem(init, loss, steps, direction=momentum)
 
 
 BEST_NATS = 902.824  # of 200 patients, by SciPy's L-BFGS-B in double precision, from three starts
@@ -147,7 +151,7 @@ def gaussian_process(steps: int = 300, patients: int = 200) -> Problem:
     def lacking(p: Any) -> jax.Array:
         return nats(p) - BEST_NATS + 1
 
-    return Problem(init, loss, nothing, lacking, steps, deterministic=True)
+    return Problem(init, loss, steps, evaluate=lacking)
 
 
 WOUND = {"diffusivity": 530.0, "growth": 0.06, "capacity": 1.7e-3}
@@ -224,4 +228,4 @@ def wound_healing(steps: int = 800, batch: int = 256) -> Problem:
         return jax.random.uniform(key, (batch, 2))
 
     many = jax.random.uniform(jax.random.key(5), (2048, 2))
-    return Problem(init, loss, sample, lambda p: loss(p, many), steps)
+    return Problem(init, loss, steps, sample=sample, evaluate=lambda p: loss(p, many))

@@ -6,51 +6,14 @@ data is bundled with scikit-learn, or made here with a fixed seed.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-
-class Problem(NamedTuple):
-    """A problem to train.
-
-    Attributes:
-      init: key -> params, a dict with one entry per group.
-      loss: (params, batch) -> scalar, the training loss.
-      sample: key -> one batch.
-      evaluate: params -> scalar, lower is better.
-      steps: the number of steps of one run.
-      direction: learning rate -> the optimizer that the rates belong to.
-      deterministic: whether all batches are the same.
-    """
-
-    init: Callable[[jax.Array], dict[str, Any]]
-    loss: Callable[[Any, Any], jax.Array]
-    sample: Callable[[jax.Array], Any]
-    evaluate: Callable[[Any], jax.Array]
-    steps: int
-    direction: Callable[[float], optax.GradientTransformation] = optax.adam
-    deterministic: bool = False
-
-
-def nothing(key: jax.Array) -> jax.Array:
-    """The batch of a problem without batches."""
-    del key
-    return jnp.zeros(())
-
-
-def dense(key: jax.Array, inputs: int, outputs: int) -> dict[str, jax.Array]:
-    """A linear layer, LeCun normal."""
-    kernel = jax.random.normal(key, (inputs, outputs)) / np.sqrt(inputs)
-    return {"kernel": kernel, "bias": jnp.zeros(outputs)}
-
-
-def apply(layer: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-    """A linear layer on the last axis."""
-    return x @ layer["kernel"] + layer["bias"]
+from benchmarks.kit.loop import Problem
+from benchmarks.problems.small import apply, dense
 
 
 def runge_kutta(rate: Callable[[Any], Any], start: Any, dt: float, steps: int) -> Any:
@@ -115,7 +78,7 @@ def predator_prey(steps: int = 400) -> Problem:
         del batch
         return jnp.mean(((simulate(p) - counts) / scale) ** 2)
 
-    return Problem(init, loss, nothing, lambda p: loss(p, None), steps, deterministic=True)
+    return Problem(init, loss, steps)
 
 
 def rotation_matrix(v: jax.Array) -> jax.Array:
@@ -179,7 +142,7 @@ def bundle_adjustment(
     def sample(key: jax.Array) -> jax.Array:
         return jax.random.randint(key, (batch,), 0, size)
 
-    return Problem(init, loss, sample, lambda p: loss(p, jnp.arange(size)), steps)
+    return Problem(init, loss, steps, sample=sample, evaluate=lambda p: loss(p, jnp.arange(size)))
 
 
 def interpolate(level: jax.Array, at: jax.Array) -> jax.Array:
@@ -226,7 +189,9 @@ def neural_field(size: int = 96, steps: int = 400, batch: int = 1024) -> Problem
     def sample(key: jax.Array) -> jax.Array:
         return jax.random.randint(key, (batch,), 0, size * size)
 
-    return Problem(init, loss, sample, lambda p: loss(p, jnp.arange(size * size)), steps)
+    return Problem(
+        init, loss, steps, sample=sample, evaluate=lambda p: loss(p, jnp.arange(size * size))
+    )
 
 
 def variational_inference(steps: int = 600, batch: int = 64) -> Problem:
@@ -263,4 +228,6 @@ def variational_inference(steps: int = 600, batch: int = 64) -> Problem:
         a, b = jax.random.split(key)
         return jax.random.randint(a, (batch,), 0, size), jax.random.normal(b, (4, width))
 
-    return Problem(init, loss, sample, lambda p: negative_elbo(p, x, y, many), steps)
+    return Problem(
+        init, loss, steps, sample=sample, evaluate=lambda p: negative_elbo(p, x, y, many)
+    )

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .compare import PROBLEMS, TUNED, geometric_mean, given, groups, train
-from .problems import Problem
+from benchmarks.kit.loop import Problem
+from benchmarks.units.compare import PROBLEMS, TUNED, fixed, geometric_mean, groups, train
 
 SEEDS = 3
 WIDE = np.array([-2, -1.5, -1, -0.5, 0.5, 1, 1.5, 2])
@@ -28,7 +28,7 @@ def scorer(problem: Problem) -> Callable[[np.ndarray], np.ndarray]:
 
     def one(tried: tuple[jax.Array, jax.Array]) -> jax.Array:
         rates, seed = tried
-        return train(problem, given(problem, dict(zip(names, rates, strict=True))), seed)[0]
+        return train(problem, fixed(problem, dict(zip(names, rates, strict=True))), seed)[0]
 
     run = jax.jit(lambda *tried: jax.lax.map(one, tried))  # batched products are slow on a CPU
 

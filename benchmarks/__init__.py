@@ -1,0 +1,1 @@
+"""What the claims of the project are measured with: a room for each question."""

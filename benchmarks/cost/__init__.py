@@ -1,0 +1,1 @@
+"""What a step costs, on a CPU and on an accelerator."""

@@ -1,0 +1,1 @@
+"""Pretrained models: their upper layers, LoRA, and whole."""

@@ -1,0 +1,1 @@
+"""What the rooms share: stored rows, tables, rivals, costs, and the training loop."""

@@ -1,0 +1,1 @@
+"""Is the rule a good one? Many small problems, targets, and constants."""
