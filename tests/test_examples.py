@@ -27,10 +27,12 @@ def test_the_loss_falls_and_the_rates_are_shown(name, capsys):
 
 
 def test_the_picture_of_the_quickstart_is_the_sum_of_its_gaussians():
-    import quickstart
+    with jax.numpy_dtype_promotion("standard"):
+        import quickstart
 
-    params = jax.tree.map(np.asarray, quickstart.initial(jax.random.key(3)))
-    places = np.asarray(quickstart.PLACES[:: quickstart.SIZE * 37])
+        params = jax.tree.map(np.asarray, quickstart.initial(jax.random.key(3)))
+        places = np.asarray(quickstart.PLACES[:: quickstart.SIZE * 37])
+        found = quickstart.render(params, places)
     expected = np.zeros((len(places), 3))
     for k in range(quickstart.GAUSSIANS):
         angle = params["rotation"][k]
@@ -38,8 +40,6 @@ def test_the_picture_of_the_quickstart_is_the_sum_of_its_gaussians():
         away = (places - params["position"][k]) @ turn / np.exp(params["scale"][k])
         height = np.exp(-0.5 * (away**2).sum(1)) / (1 + np.exp(-params["opacity"][k]))
         expected += height[:, None] * params["colour"][k]
-    with jax.numpy_dtype_promotion("standard"):
-        found = quickstart.render(params, places)
     np.testing.assert_allclose(found, expected, atol=1e-3)
 
 

@@ -90,11 +90,11 @@ def learning_rates(
     steps, rates = _series(rows, f"{rate}/")
     with_loss = "loss" in rows[0]
     panels = 1 + with_loss
-    figure = Figure(figsize=(4.5 * panels, 3.5), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False)
-    _draw_rates(axes[0, -1], steps, rates)
+    figure = Figure(figsize=(5.5, 2.6 * panels), layout="constrained")
+    axes = figure.subplots(panels, 1, squeeze=False)
+    _draw_rates(axes[-1, 0], steps, rates)
     if rate == "unscheduled_rate":
-        axes[0, -1].set_ylabel("learning rate before the schedule")
+        axes[-1, 0].set_ylabel("learning rate before the schedule")
     if with_loss:
         losses = np.array([float(row["loss"]) for row in rows])
         axes[0, 0].plot(steps, losses, color="0.75", linewidth=1)
@@ -125,7 +125,7 @@ def losses(histories: Mapping[str, Iterable[Mapping[str, Any]]], window: int = 2
     """
     if not histories:
         raise ValueError("there are no histories to draw")
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(5.5, 3.5), layout="constrained")
     axes = figure.subplots()
     for name, history in histories.items():
         steps, found = _series(history, "loss")
@@ -133,7 +133,7 @@ def losses(histories: Mapping[str, Iterable[Mapping[str, Any]]], window: int = 2
     positive = all(min(line.get_ydata()) > 0 for line in axes.lines)  # pyright: ignore
     axes.set(xlabel="step", ylabel=f"training loss, mean of {window} steps")
     axes.set_yscale("log" if positive else "linear")
-    axes.legend(fontsize="small")
+    axes.legend(frameon=False)
     return figure
 
 
@@ -201,7 +201,7 @@ def _heatmap(rows: list[Mapping[str, Any]]) -> Figure:
         positive, key=lambda label: float(np.ma.filled(np.ma.log(positive[label]).mean(), -np.inf))
     )
     # High enough for the label of the colours.
-    figure = Figure(figsize=(7, max(3.0, 1.2 + 0.35 * len(order))), layout="constrained")
+    figure = Figure(figsize=(5.5, max(3.0, 1.2 + 0.35 * len(order))), layout="constrained")
     axes = figure.subplots()
     ends = np.append(steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1))
     values = np.ma.stack([positive[label] for label in order])
@@ -250,9 +250,9 @@ def fit(suggestion: Suggestion) -> Figure:
       ['all: η = 1']
     """
     count = len(suggestion.labels)
-    columns = min(count, 4)
+    columns = min(count, 2)  # legible on a phone
     rows = -(-count // columns)
-    figure = Figure(figsize=(3.2 * columns, 2.8 * rows), layout="constrained")
+    figure = Figure(figsize=(2.8 * columns, 2.6 * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for k, panel in enumerate(axes.flat[:count]):
         _draw_parabola(panel, suggestion, k)
@@ -303,7 +303,7 @@ def pareto(plans: Iterable[Plan], value: Value = "total", *, chosen: Plan | None
         raise ValueError("there is no plan to draw: pass peft.pareto(influence)")
     sizes = [plan.parameters or 0 for plan in front]
     worth = [plan.worth(value) for plan in front]
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(5.5, 3.8), layout="constrained")
     axes = figure.subplots()
     axes.step(sizes, worth, where="post", color="tab:blue", linewidth=1)
     axes.plot(sizes, worth, "o", color="tab:blue", markersize=4)
