@@ -163,7 +163,8 @@ def table(runs: dict[str, Run]) -> str:
 def draw(runs: dict[str, Run], path: Path) -> None:
     """The photograph and three fits; below, the losses and the rates that hidlr found."""
     figure = Figure(figsize=(6.2, 5.0), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.45))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1, 1.45))
+    above, below = parts
     chosen = shown(runs)
     pictures = {"photograph": IMAGE}
     for name, run in list(chosen.items())[:3]:

@@ -62,7 +62,7 @@ def test_learning_rates_without_the_schedule():
         history.append(hd.metrics(state))
     (applied,) = plot.learning_rates(history).axes
     (before,) = plot.learning_rates(history, "unscheduled_rate").axes
-    assert before.get_ylabel() == "learning rate before the schedule"
+    assert before.get_ylabel() == "rate before the schedule"
     np.testing.assert_allclose(
         applied.lines[0].get_ydata(), before.lines[0].get_ydata() * [1, 0.5], rtol=1e-6
     )

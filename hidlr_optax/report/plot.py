@@ -14,6 +14,7 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 except ModuleNotFoundError as error:
     raise ImportError(
         "hidlr_optax.plot needs matplotlib: pip install 'hidlr-optax[plot]', or '.[plot]' from a "
@@ -94,7 +95,7 @@ def learning_rates(
     axes = figure.subplots(panels, 1, squeeze=False)
     _draw_rates(axes[-1, 0], steps, rates)
     if rate == "unscheduled_rate":
-        axes[-1, 0].set_ylabel("learning rate before the schedule")
+        axes[-1, 0].set_ylabel("rate before the schedule")
     if with_loss:
         losses = np.array([float(row["loss"]) for row in rows])
         axes[0, 0].plot(steps, losses, color="0.75", linewidth=1)
@@ -257,7 +258,7 @@ def fit(suggestion: Suggestion) -> Figure:
     for k, panel in enumerate(axes.flat[:count]):
         _draw_parabola(panel, suggestion, k)
     for unused in axes.flat[count:]:
-        unused.set_axis_off()
+        unused.remove()
     for row in axes:
         row[0].set_ylabel("change of the loss")
     handles = {text: line for panel in axes.flat for line, text in _entries(panel)}
@@ -322,6 +323,10 @@ def pareto(plans: Iterable[Plan], value: Value = "total", *, chosen: Plan | None
         figure.legend(loc="outside upper center", frameon=False)
     axes.set(xscale="log", xlabel="trainable parameters", ylabel=f"{value} influence")
     axes.margins(x=0.15, y=0.1)
+    if sizes[-1] < 100 * sizes[0]:  # too few powers of ten to read the scale by
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:,g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     return figure
 
 
