@@ -2,6 +2,7 @@
 
 from hidlr_optax import averaging, influence, paper, peft, report
 from hidlr_optax._diagnostics import Kept, Slip
+from hidlr_optax._hessian_informed import hessian_informed
 from hidlr_optax._hidlr import hidlr, hiulr, multi_steps
 from hidlr_optax._quadratic import Quadratic
 from hidlr_optax._state import HiDLRState, is_due
@@ -23,6 +24,7 @@ __all__ = [
     "Slip",
     "averaging",
     "explain",
+    "hessian_informed",
     "hidlr",
     "hiulr",
     "influence",
