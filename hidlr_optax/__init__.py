@@ -5,6 +5,7 @@ from hidlr_optax._diagnostics import Kept, Slip
 from hidlr_optax._hessian_informed import hessian_informed
 from hidlr_optax._hidlr import hidlr, hiulr, multi_steps
 from hidlr_optax._quadratic import Quadratic
+from hidlr_optax._remember import remember_batch
 from hidlr_optax._state import HiDLRState, is_due
 from hidlr_optax._take_step import take_step
 from hidlr_optax.influence._report import Influence
@@ -37,6 +38,7 @@ __all__ = [
     "paper",
     "paper_hidlr",
     "peft",
+    "remember_batch",
     "report",
     "take_step",
 ]

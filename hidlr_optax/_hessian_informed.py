@@ -77,7 +77,7 @@ def hessian_informed(
     )
 
     def init_fn(params: Any) -> Any:
-        state = chain.init(params)
+        state: Any = chain.init(params)
         _check_base_state(state[0])
         return state
 

@@ -15,6 +15,7 @@ from hidlr_optax._checks.loss import (
     check_loss_fn,
     check_scalar,
     fitting,
+    named_otherwise,
     usable_value,
 )
 from hidlr_optax._checks.rates import (
@@ -57,15 +58,17 @@ def hidlr(
     * `grad`: the raw gradient of the loss at `params`, before any preconditioning.
     * `batch`: handed to `loss_fn`.
     * `value_fn`: params -> scalar, takes the place of `loss_fn` and `batch`. Keywords of `update`
-      that its signature names are handed on to it, as Optax's line searches do.
-    * `value`: the loss at `params`, of this `batch` and no other. It spares one evaluation at each
-      refresh, and lets the guard see every step.
+      that its signature names are handed on to it, as Optax's line searches do. Called `obj_fn` or
+      `loss_fn`, it is understood as well.
+    * `value`: the loss at `params`, of this `batch` and no other; or `loss`. It spares one
+      evaluation at each refresh, and lets the guard see every step.
     * `refresh`: a bool, False to leave the rates alone at this call. See `multi_steps`. Python's
       own `False`, or a static argument of the jitted step, leaves the refresh out of the program.
 
     At the first update, `value` is compared with the loss. Where it is another's, nothing can be
     measured: the rates stay, and `explain` says so. `grad` is believed: `take_step` cannot be fed
-    wrongly. Other keywords are ignored.
+    wrongly. Other keywords are ignored. What `optax.lbfgs` is told is enough. For loops that tell
+    less, see `hessian_informed` and `remember_batch`.
 
     Jit the training step: un-jitted, every refresh compiles the loss again. Under `vmap`, both
     branches of the refresh are evaluated at every step. Under `pmap` or `shard_map`, `pmean` the
@@ -74,7 +77,8 @@ def hidlr(
 
     Args:
       loss_fn: (params, batch) -> scalar; None if `update` is always given `value_fn`. The same
-        function as that of `value` and `grad`: fix dropout keys and batch statistics.
+        function as that of `value` and `grad`: fix dropout keys and batch statistics. One of params
+        alone, such as `functools.partial(loss_fn, batch=sample)`, needs no `batch`.
       param_labels: a pytree of str like params, a prefix of it, or a callable from params to one.
       init_learning_rate: `{label: rate}`, the proportions that groups have unless their measured
         ones are far from them. Their size is found. With `warmup=0`, the rates themselves to begin
@@ -130,9 +134,10 @@ def hidlr(
         **extra_args: Any,
     ) -> tuple[Any, Stored]:
         groups = _checked_groups(param_labels, params, updates, grad)
+        value, value_fn = named_otherwise(value, value_fn, extra_args)
         loss = bind_loss(loss_fn, value_fn, batch, extra_args)
         coming = fitting(StepLoss(loss, params, updates, groups))
-        check_scalar(coming, no_batch=batch is None and value_fn is None)
+        check_scalar(coming)
         value = usable_value(value, params)
         # The rates are constants to whoever differentiates through a step.
         known = jax.lax.stop_gradient((params, updates, state.direction, grad, value))
@@ -174,7 +179,9 @@ def _checked_groups(param_labels: Any, params: Any, updates: Any, grad: Any) -> 
         raise ValueError(
             "hidlr needs the raw gradient of the loss: pass grad=... to update, before any "
             "clipping or preconditioning (hidlr_optax.take_step does, in linen "
-            "hidlr_optax.flax.TrainState). If it was passed: a wrapper around the chain "
+            "hidlr_optax.flax.TrainState). In a loop that is not yours, put it around the "
+            "optimizer, where it sees the gradient by itself: hidlr_optax.hessian_informed("
+            "optax.adamw(1.0), loss_fn, labels). If grad was passed: a wrapper around the chain "
             "(optax.lookahead is one) drops keywords, and hidlr cannot work inside of it"
         )
     check_like(grad, params, "grad")
@@ -235,7 +242,8 @@ def multi_steps(
 
     `optax.MultiSteps` calls the inner update at every mini-step and throws all but the last result
     away; by itself it would run the probes of one refresh `every_k_schedule` times. The batch,
-    value and gradient that `hidlr` sees are those of the last mini-step.
+    value and gradient that `hidlr` sees are those of the last mini-step; `grad` need not be passed
+    where the updates that come in are the raw gradient.
 
     Args:
       opt: the chain, `hidlr` in it.
@@ -273,6 +281,8 @@ def multi_steps(
         every_k = every_k_schedule
         k = every_k(state.gradient_step) if callable(every_k) else every_k
         is_last = state.mini_step == k - 1
+        # The gradient of this batch, where MultiSteps hands the mean of all on.
+        extra_args = {"grad": jax.tree.map(jnp.conj, updates)} | extra_args
         return outer.update(updates, state, params, refresh=is_last, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
