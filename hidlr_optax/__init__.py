@@ -5,6 +5,7 @@ from hidlr_optax._diagnostics import Kept, Slip
 from hidlr_optax._hessian_informed import hessian_informed
 from hidlr_optax._hidlr import hidlr, hiulr, multi_steps
 from hidlr_optax._quadratic import Quadratic
+from hidlr_optax._ratios import layer_decay, scale_by_label
 from hidlr_optax._remember import remember_batch
 from hidlr_optax._state import HiDLRState, is_due
 from hidlr_optax._take_step import take_step
@@ -33,6 +34,7 @@ __all__ = [
     "label_by_depth",
     "label_by_path",
     "label_by_role",
+    "layer_decay",
     "metrics",
     "multi_steps",
     "paper",
@@ -40,5 +42,6 @@ __all__ = [
     "peft",
     "remember_batch",
     "report",
+    "scale_by_label",
     "take_step",
 ]

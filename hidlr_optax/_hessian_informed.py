@@ -21,6 +21,7 @@ def hessian_informed(
     update_interval: int = 10,
     schedule: optax.Schedule | None = None,
     warmup: int = 20,
+    bounds: Mapping[str, tuple[float | None, float | None]] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """A base optimizer at unit learning rate, whose rates are those that `hidlr` finds.
 
@@ -41,6 +42,7 @@ def hessian_informed(
       update_interval: Φ.
       schedule: step -> factor, 1 at its peak.
       warmup: the number of looks in which the rates are found.
+      bounds: `{label: (lowest, highest)}`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is that of the chain.
@@ -73,6 +75,7 @@ def hessian_informed(
             update_interval=update_interval,
             schedule=schedule,
             warmup=warmup,
+            bounds=bounds,
         ),
     )
 

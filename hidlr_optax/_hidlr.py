@@ -19,11 +19,13 @@ from hidlr_optax._checks.loss import (
     usable_value,
 )
 from hidlr_optax._checks.rates import (
+    check_bounds,
     check_rates,
     check_schedule,
     check_whole,
     initial_rates,
     is_concrete,
+    packed_bounds,
 )
 from hidlr_optax._groups import Groups
 from hidlr_optax._rule import hold
@@ -41,6 +43,7 @@ def hidlr(
     update_interval: int = 10,
     schedule: optax.Schedule | None = None,
     warmup: int = 20,
+    bounds: Mapping[str, tuple[float | None, float | None]] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Hessian-informed differential learning rates: one rate per group of parameters.
 
@@ -89,6 +92,9 @@ def hidlr(
         undo it.
       warmup: the number of looks in which the rates are found, by a refresh at each update. Only
         looks that measure something count. 0: the rates begin as they are given.
+      bounds: `{label: (lowest, highest)}`, None for no bound, before the schedule: `(None, 1e-3)`
+        is a ceiling, `(1e-3, 1e-3)` holds a rate while the others are found. For given ratios of
+        rates, see `scale_by_label`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `HiDLRState`.
@@ -115,11 +121,15 @@ def hidlr(
       ['bias', 'weight']
     """
     _check_arguments(loss_fn, init_learning_rate, update_interval, schedule, warmup)
+    check_bounds(bounds)
     warn_of_low_peak(schedule)
     watch = unjitted_watch()
 
     def init_fn(params: Any) -> Stored:
-        return initial_state(params, param_labels, init_learning_rate)
+        state = initial_state(params, param_labels, init_learning_rate)
+        if isinstance(state.group_learning_rates, dict):  # else it is optax.tree.map_params
+            packed_bounds(bounds, tuple(state.group_learning_rates))
+        return state
 
     def update_fn(
         updates: Any,
@@ -145,6 +155,7 @@ def hidlr(
         now = clock(state.count, update_interval, warmup, schedule, refresh)
         asked = _proportions(init_learning_rate, groups)
         new, harmed = hold.update(pack(state, groups), call, now, asked)
+        new = _bounded(new, packed_bounds(bounds, groups.names))
         watch((updates, params, state.count))
         step = groups.scale(updates, new.applied)
         back = groups.scale(state.direction, -state.applied)
@@ -186,6 +197,16 @@ def _checked_groups(param_labels: Any, params: Any, updates: Any, grad: Any) -> 
         )
     check_like(grad, params, "grad")
     return groups
+
+
+def _bounded(state: hold.State, bounds: tuple[Any, Any] | None) -> hold.State:
+    """The state with rates within their bounds, where they were found; what is applied follows."""
+    if bounds is None:
+        return state
+    found = state.rates > 0
+    rates = jnp.where(found, jnp.clip(state.rates, *bounds), state.rates)
+    part = rates / jnp.where(found, state.rates, 1)
+    return state._replace(rates=rates, applied=jnp.where(found, part, 1) * state.applied)
 
 
 def _proportions(init_learning_rate: Any, groups: Groups) -> jax.Array:
