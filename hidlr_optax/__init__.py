@@ -1,6 +1,7 @@
 """Hessian-informed differential learning rates for Optax (Hi-DLR, arXiv 2501.06954)."""
 
 from hidlr_optax import averaging, influence, paper, peft, report
+from hidlr_optax._devices import pmean_loss
 from hidlr_optax._diagnostics import Kept, Slip
 from hidlr_optax._hessian_informed import hessian_informed
 from hidlr_optax._hidlr import hidlr, hiulr, multi_steps
@@ -40,6 +41,7 @@ __all__ = [
     "paper",
     "paper_hidlr",
     "peft",
+    "pmean_loss",
     "remember_batch",
     "report",
     "scale_by_label",

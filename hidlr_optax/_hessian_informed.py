@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from hidlr_optax._checks.loss import LossFn
 from hidlr_optax._hidlr import hidlr
@@ -48,8 +49,8 @@ def hessian_informed(
       An `optax.GradientTransformationExtraArgs` whose state is that of the chain.
 
     Raises:
-      ValueError: as in `hidlr`; `base` is no transformation; from `init`, `base` accumulates, or
-        has a `hidlr` of its own.
+      ValueError: as in `hidlr`; `base` is no transformation; from `init`, `base` accumulates, has
+        a `hidlr` of its own, or is schedule-free.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, hidlr_optax as hd
@@ -115,12 +116,20 @@ _ACCUMULATES = (
 def _check_base_state(state: Any) -> None:
     """Raises a ValueError where the base has what cannot stand inside of it."""
 
-    def accumulates(node: Any) -> bool:
-        return isinstance(node, optax.MultiStepsState)
+    def is_part(node: Any) -> bool:
+        kinds = optax.MultiStepsState, optax.contrib.ScheduleFreeState
+        return isinstance(node, kinds) or is_state(node)
 
-    parts = jax.tree.leaves(state, is_leaf=lambda node: accumulates(node) or is_state(node))
-    if any(map(accumulates, parts)):
+    parts = jax.tree.leaves(state, is_leaf=is_part)
+    if any(isinstance(part, optax.MultiStepsState) for part in parts):
         raise ValueError(_ACCUMULATES)
+    if any(isinstance(part, optax.contrib.ScheduleFreeState) for part in parts):
+        raise ValueError(
+            "optax.contrib.schedule_free keeps parameters of its own, which would move at rate one "
+            "while those that are trained move at the rates that are found: give hessian_informed "
+            "the optimizer alone, such as optax.adamw(1.0), and evaluate the average of the "
+            "parameters, hidlr_optax.averaging"
+        )
     if any(map(is_state, parts)):
         raise ValueError(
             "base has a hidlr of its own, and rates cannot be found twice: give hessian_informed "

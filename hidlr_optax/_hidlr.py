@@ -74,9 +74,9 @@ def hidlr(
     less, see `hessian_informed` and `remember_batch`.
 
     Jit the training step: un-jitted, every refresh compiles the loss again. Under `vmap`, both
-    branches of the refresh are evaluated at every step. Under `pmap` or `shard_map`, `pmean` the
-    loss, `value` and `grad`: `shard_map` refuses what differs from device to device, but `pmap` and
-    `check_vma=False` let replicas drift apart.
+    branches of the refresh are evaluated at every step. Under `shard_map`, `pmean` the loss,
+    `value` and `grad`: what differs from device to device is refused. Under `pmap` and
+    `check_vma=False` it is not, and replicas drift apart: use `pmean_loss`.
 
     Args:
       loss_fn: (params, batch) -> scalar; None if `update` is always given `value_fn`. The same
