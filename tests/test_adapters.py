@@ -18,9 +18,10 @@ NEEDS = {
     "numpyro_svi": ("numpyro", 200),
     "flowjax_fit": ("flowjax", 10),
     "gpjax_fit": ("gpjax", 60),
+    "tunix_peft": ("tunix", 60),
 }
 # Not in the test extra: with what they need installed, `pytest -m slow tests/test_adapters.py`.
-HEAVY = "numpyro_svi", "flowjax_fit", "gpjax_fit"
+HEAVY = "numpyro_svi", "flowjax_fit", "gpjax_fit", "tunix_peft"
 
 
 def _loaded(name):
