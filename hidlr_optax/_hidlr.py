@@ -15,14 +15,17 @@ from hidlr_optax._checks.loss import (
     check_loss_fn,
     check_scalar,
     fitting,
+    named_otherwise,
     usable_value,
 )
 from hidlr_optax._checks.rates import (
+    check_bounds,
     check_rates,
     check_schedule,
     check_whole,
     initial_rates,
     is_concrete,
+    packed_bounds,
 )
 from hidlr_optax._groups import Groups
 from hidlr_optax._rule import hold
@@ -40,6 +43,7 @@ def hidlr(
     update_interval: int = 10,
     schedule: optax.Schedule | None = None,
     warmup: int = 20,
+    bounds: Mapping[str, tuple[float | None, float | None]] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Hessian-informed differential learning rates: one rate per group of parameters.
 
@@ -57,24 +61,27 @@ def hidlr(
     * `grad`: the raw gradient of the loss at `params`, before any preconditioning.
     * `batch`: handed to `loss_fn`.
     * `value_fn`: params -> scalar, takes the place of `loss_fn` and `batch`. Keywords of `update`
-      that its signature names are handed on to it, as Optax's line searches do.
-    * `value`: the loss at `params`, of this `batch` and no other. It spares one evaluation at each
-      refresh, and lets the guard see every step.
+      that its signature names are handed on to it, as Optax's line searches do. Called `obj_fn` or
+      `loss_fn`, it is understood as well.
+    * `value`: the loss at `params`, of this `batch` and no other; or `loss`. It spares one
+      evaluation at each refresh, and lets the guard see every step.
     * `refresh`: a bool, False to leave the rates alone at this call. See `multi_steps`. Python's
       own `False`, or a static argument of the jitted step, leaves the refresh out of the program.
 
     At the first update, `value` is compared with the loss. Where it is another's, nothing can be
     measured: the rates stay, and `explain` says so. `grad` is believed: `take_step` cannot be fed
-    wrongly. Other keywords are ignored.
+    wrongly. Other keywords are ignored. What `optax.lbfgs` is told is enough. For loops that tell
+    less, see `hessian_informed` and `remember_batch`.
 
     Jit the training step: un-jitted, every refresh compiles the loss again. Under `vmap`, both
-    branches of the refresh are evaluated at every step. Under `pmap` or `shard_map`, `pmean` the
-    loss, `value` and `grad`: `shard_map` refuses what differs from device to device, but `pmap` and
-    `check_vma=False` let replicas drift apart.
+    branches of the refresh are evaluated at every step. Under `shard_map`, `pmean` the loss,
+    `value` and `grad`: what differs from device to device is refused. Under `pmap` and
+    `check_vma=False` it is not, and replicas drift apart: use `pmean_loss`.
 
     Args:
       loss_fn: (params, batch) -> scalar; None if `update` is always given `value_fn`. The same
-        function as that of `value` and `grad`: fix dropout keys and batch statistics.
+        function as that of `value` and `grad`: fix dropout keys and batch statistics. One of params
+        alone, such as `functools.partial(loss_fn, batch=sample)`, needs no `batch`.
       param_labels: a pytree of str like params, a prefix of it, or a callable from params to one.
       init_learning_rate: `{label: rate}`, the proportions that groups have unless their measured
         ones are far from them. Their size is found. With `warmup=0`, the rates themselves to begin
@@ -85,6 +92,9 @@ def hidlr(
         undo it.
       warmup: the number of looks in which the rates are found, by a refresh at each update. Only
         looks that measure something count. 0: the rates begin as they are given.
+      bounds: `{label: (lowest, highest)}`, None for no bound, before the schedule: `(None, 1e-3)`
+        is a ceiling, `(1e-3, 1e-3)` holds a rate while the others are found. For given ratios of
+        rates, see `scale_by_label`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `HiDLRState`.
@@ -111,11 +121,15 @@ def hidlr(
       ['bias', 'weight']
     """
     _check_arguments(loss_fn, init_learning_rate, update_interval, schedule, warmup)
+    check_bounds(bounds)
     warn_of_low_peak(schedule)
     watch = unjitted_watch()
 
     def init_fn(params: Any) -> Stored:
-        return initial_state(params, param_labels, init_learning_rate)
+        state = initial_state(params, param_labels, init_learning_rate)
+        if isinstance(state.group_learning_rates, dict):  # else it is optax.tree.map_params
+            packed_bounds(bounds, tuple(state.group_learning_rates))
+        return state
 
     def update_fn(
         updates: Any,
@@ -130,9 +144,10 @@ def hidlr(
         **extra_args: Any,
     ) -> tuple[Any, Stored]:
         groups = _checked_groups(param_labels, params, updates, grad)
+        value, value_fn = named_otherwise(value, value_fn, extra_args)
         loss = bind_loss(loss_fn, value_fn, batch, extra_args)
         coming = fitting(StepLoss(loss, params, updates, groups))
-        check_scalar(coming, no_batch=batch is None and value_fn is None)
+        check_scalar(coming)
         value = usable_value(value, params)
         # The rates are constants to whoever differentiates through a step.
         known = jax.lax.stop_gradient((params, updates, state.direction, grad, value))
@@ -140,6 +155,7 @@ def hidlr(
         now = clock(state.count, update_interval, warmup, schedule, refresh)
         asked = _proportions(init_learning_rate, groups)
         new, harmed = hold.update(pack(state, groups), call, now, asked)
+        new = _bounded(new, packed_bounds(bounds, groups.names))
         watch((updates, params, state.count))
         step = groups.scale(updates, new.applied)
         back = groups.scale(state.direction, -state.applied)
@@ -174,11 +190,23 @@ def _checked_groups(param_labels: Any, params: Any, updates: Any, grad: Any) -> 
         raise ValueError(
             "hidlr needs the raw gradient of the loss: pass grad=... to update, before any "
             "clipping or preconditioning (hidlr_optax.take_step does, in linen "
-            "hidlr_optax.flax.TrainState). If it was passed: a wrapper around the chain "
+            "hidlr_optax.flax.TrainState). In a loop that is not yours, put it around the "
+            "optimizer, where it sees the gradient by itself: hidlr_optax.hessian_informed("
+            "optax.adamw(1.0), loss_fn, labels). If grad was passed: a wrapper around the chain "
             "(optax.lookahead is one) drops keywords, and hidlr cannot work inside of it"
         )
     check_like(grad, params, "grad")
     return groups
+
+
+def _bounded(state: hold.State, bounds: tuple[Any, Any] | None) -> hold.State:
+    """The state with rates within their bounds, where they were found; what is applied follows."""
+    if bounds is None:
+        return state
+    found = state.rates > 0
+    rates = jnp.where(found, jnp.clip(state.rates, *bounds), state.rates)
+    part = rates / jnp.where(found, state.rates, 1)
+    return state._replace(rates=rates, applied=jnp.where(found, part, 1) * state.applied)
 
 
 def _proportions(init_learning_rate: Any, groups: Groups) -> jax.Array:
@@ -235,7 +263,8 @@ def multi_steps(
 
     `optax.MultiSteps` calls the inner update at every mini-step and throws all but the last result
     away; by itself it would run the probes of one refresh `every_k_schedule` times. The batch,
-    value and gradient that `hidlr` sees are those of the last mini-step.
+    value and gradient that `hidlr` sees are those of the last mini-step; `grad` need not be passed
+    where the updates that come in are the raw gradient.
 
     Args:
       opt: the chain, `hidlr` in it.
@@ -273,6 +302,8 @@ def multi_steps(
         every_k = every_k_schedule
         k = every_k(state.gradient_step) if callable(every_k) else every_k
         is_last = state.mini_step == k - 1
+        # The gradient of this batch, where MultiSteps hands the mean of all on.
+        extra_args = {"grad": jax.tree.map(jnp.conj, updates)} | extra_args
         return outer.update(updates, state, params, refresh=is_last, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -36,7 +36,7 @@ class Quadratic(NamedTuple):
         """The same in rates that count `units` e, (K,): b_k e_k and A_kl e_k e_l."""
         coupling = self.coupling
         if coupling is not None:
-            coupling = coupling * units[:, None] * units
+            coupling = coupling * units[:, None] * units[None]
         return Quadratic(self.slope * units, self.curvature * units**2, coupling)
 
     def slope_at(self, rates: jax.Array) -> jax.Array:
@@ -84,11 +84,11 @@ def marginal(quadratic: Quadratic) -> jax.Array:
     slope = quadratic.slope * scale
     if quadratic.coupling is None:
         return slope**2 / 2
-    correlation = quadratic.coupling * scale[:, None] * scale
+    correlation = quadratic.coupling * scale[:, None] * scale[None]
     correlation += jnp.eye(len(scale), dtype=scale.dtype)
     values, vectors = jnp.linalg.eigh(correlation)
     least = jnp.minimum(values[0], _LEAST_EIGENVALUE)
     towards_none = (_LEAST_EIGENVALUE - least) / (1 - least)
     values = (1 - towards_none) * values + towards_none
-    inverse = (vectors / values) @ vectors.T
+    inverse = (vectors / values[None]) @ vectors.T
     return (inverse @ slope) ** 2 / jnp.diagonal(inverse) / 2

@@ -19,6 +19,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from hidlr_optax._paths import leaf_paths, listing
+from hidlr_optax._remember import RememberingLoss
 from hidlr_optax._take_step import as_value_fn, evaluated, unless_default
 from hidlr_optax.peft._partition import trainable_labels
 from hidlr_optax.peft._plan import Plan
@@ -253,6 +254,45 @@ def value_fn_for(
         return out[0] if isinstance(out, tuple) else out
 
     return value_fn
+
+
+def remember_batch(loss_fn: Callable[..., Any], wrt: Any = nnx.Param) -> RememberingLoss:
+    """A loss of an nnx model that remembers its batch: `hidlr_optax.remember_batch` for nnx.
+
+    For trainers that call `optimizer.update(model, grads)` and nothing beside. Dropout keys and
+    statistics are held for the probes as they are when the gradient is taken, as `value_fn_for`
+    does.
+
+    Args:
+      loss_fn: (model, *args, **kwargs) -> loss, or (loss, auxiliary outputs).
+      wrt: the nnx filter of the parameters, that of `nnx.Optimizer` and of the gradient.
+
+    Returns:
+      A callable with the arguments and results of `loss_fn`: one for the trainer and for
+      `hidlr_optax.hessian_informed`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, hidlr_optax as hd, hidlr_optax.flax
+      >>> from flax import nnx
+      >>> @hidlr_optax.flax.remember_batch
+      ... def loss_fn(model, batch):
+      ...     return jnp.mean((model(batch) - 1.0) ** 2)
+      >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+      >>> tx = hd.hessian_informed(optax.sgd(1.0), loss_fn, "all")
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> @nnx.jit
+      ... def step(model, optimizer, batch):  # as the trainer has it
+      ...     loss, grads = nnx.value_and_grad(loss_fn)(model, batch)
+      ...     optimizer.update(model, grads)
+      ...     return loss
+      >>> bool(step(model, optimizer, jnp.ones((4, 2))) > step(model, optimizer, jnp.ones((4, 2))))
+      True
+    """
+    return RememberingLoss(
+        loss_fn,
+        bind=lambda model, *args, **kwargs: value_fn_for(model, loss_fn, *args, wrt=wrt, **kwargs),
+        differentiated=lambda model: nnx.state(model, wrt),
+    )
 
 
 def label_by_filter(

@@ -375,3 +375,59 @@ def test_a_value_fn_of_other_parameters_than_the_optimizer_has_is_refused():
     value_fn = hdf.value_fn_for(model, nnx_loss, BATCH)
     with pytest.raises(ValueError, match=r"selects 6 parameters .* hands over 2"):
         optimizer.update(model, grads, value_fn=value_fn, grad=grads)
+
+
+# Trainers that hand nothing but gradients to the optimizer.
+
+
+class _Noisy(nnx.Module):
+    def __init__(self, rngs):
+        self.body, self.norm = nnx.Linear(4, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+        self.dropout, self.head = nnx.Dropout(0.2, rngs=rngs), nnx.Linear(8, 1, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.dropout(jnp.tanh(self.norm(self.body(x)))))
+
+
+def _noisy_loss(model, x, y):
+    return jnp.mean((model(x)[:, 0] - y) ** 2), {"aux": y}
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_an_nnx_trainer_that_passes_nothing_trains(accumulates):
+    """The loss is remembered with dropout keys and statistics as they were at the gradient."""
+    loss_fn = hdf.remember_batch(_noisy_loss)
+    base = promoting("standard", optax.adam(1.0))
+    tx = hd.hessian_informed(base, loss_fn, hd.label_by_role)
+    if accumulates:
+        tx = promoting("standard", optax.MultiSteps(promoting("strict", tx), 2))
+    model = _Noisy(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    x = jax.random.normal(jax.random.key(1), (64, 4))
+
+    @nnx.jit
+    def step(model, optimizer, x, y):
+        (loss, _), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model, x, y)
+        optimizer.update(model, grads)
+        return loss
+
+    losses = [float(step(model, optimizer, x, x.sum(1))) for _ in range(60)]
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:5])
+    assert int(hd.metrics(optimizer.opt_state)["slips"]) == 0
+    assert model.norm.mean[...].any()
+
+
+def test_the_loss_that_an_nnx_trainer_remembers_is_that_of_the_gradient():
+    """Compared with `value`, at the same dropout key."""
+    loss_fn = hdf.remember_batch(_noisy_loss)
+    model = _Noisy(nnx.Rngs(0))
+    tx = hd.hessian_informed(optax.sgd(1.0), loss_fn, "all")
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, x, y):
+        (loss, _), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model, x, y)
+        optimizer.update(model, grads, value=loss)
+
+    step(model, optimizer, jnp.ones((8, 4)), jnp.arange(8.0))
+    assert int(hd.metrics(optimizer.opt_state)["slips"]) == 0

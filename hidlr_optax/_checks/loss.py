@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,10 +12,16 @@ import numpy as np
 from hidlr_optax._checks.advice import model_hint, whole_numbers
 from hidlr_optax._groups import OUTSIDE, wide
 from hidlr_optax._paths import leaf_paths
+from hidlr_optax._remember import RememberingLoss
 from hidlr_optax._step_loss import StepLoss
 
 LossFn = Callable[[Any, Any], jax.Array]
 ValueFn = Callable[[Any], jax.Array]
+
+PASSES_NOTHING = (
+    "In a loop that passes nothing but gradients: loss_fn = hidlr_optax.remember_batch(loss_fn), "
+    "for the loop and for hidlr; or bind a sample, functools.partial(loss_fn, batch=sample)"
+)
 
 
 def check_loss_fn(loss_fn: Any) -> None:
@@ -43,10 +49,22 @@ def check_like(tree: Any, params: Any, name: str) -> None:
             )
 
 
+def named_otherwise(
+    value: Any, value_fn: Callable[..., Any] | None, extra_args: Mapping[str, Any]
+) -> tuple[Any, Callable[..., Any] | None]:
+    """`value` and `value_fn`, by the names that other loops have for them: `loss`, `obj_fn`."""
+    for name in ("obj_fn", "loss_fn"):
+        value_fn = extra_args.get(name) if value_fn is None else value_fn
+    return extra_args.get("loss") if value is None else value, value_fn
+
+
 def bind_loss(
     loss_fn: LossFn | None, value_fn: Callable[..., Any] | None, batch: Any, extra_args: Any
 ) -> ValueFn:
-    """The loss of the parameters alone: `value_fn` where it is given, else `loss_fn` of `batch`."""
+    """The loss of the parameters alone: `value_fn` where it is given, else `loss_fn` of `batch`.
+
+    Without a batch, it is the one that `loss_fn` remembers, or that is bound to it.
+    """
     if value_fn is not None:
         # As Optax's line searches do: keywords that its signature names are handed on.
         named = inspect.signature(value_fn).parameters
@@ -55,9 +73,40 @@ def bind_loss(
     if loss_fn is None:
         raise ValueError(
             "hidlr has no loss to probe: build it with loss_fn(params, batch) and pass batch=... "
-            "to update, or pass value_fn=... (params -> scalar) to update"
+            "to update, or pass value_fn=... (params -> scalar; obj_fn or loss_fn will do). "
+            f"{PASSES_NOTHING}"
         )
-    return lambda params: loss_fn(params, batch)
+    if isinstance(loss_fn, RememberingLoss):
+        if batch is None:
+            return loss_fn.value_fn()
+        loss_fn = loss_fn.loss_fn
+    if _takes_params_alone(loss_fn):
+        return loss_fn  # pyright: ignore[reportReturnType]
+    return functools.partial(_without_batch if batch is None else _with_batch, loss_fn, batch)
+
+
+def _takes_params_alone(loss_fn: Callable[..., Any]) -> bool:
+    """Whether a batch is bound already, or there is none."""
+    try:
+        parameters = inspect.signature(loss_fn).parameters.values()
+    except (TypeError, ValueError):  # of a builtin
+        return False
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(positional) == 1 and not any(p.kind == p.VAR_POSITIONAL for p in parameters)
+
+
+def _with_batch(loss_fn: LossFn, batch: Any, params: Any) -> Any:
+    return loss_fn(params, batch)
+
+
+def _without_batch(loss_fn: LossFn, batch: Any, params: Any) -> Any:
+    try:
+        return loss_fn(params, batch)
+    except Exception as error:
+        raise ValueError(
+            "loss_fn(params, None) failed, and update was called without a batch: pass "
+            f"batch=..., or value_fn=.... {PASSES_NOTHING}"
+        ) from error
 
 
 def fitting(step_loss: StepLoss) -> StepLoss:
@@ -78,16 +127,11 @@ def fitting(step_loss: StepLoss) -> StepLoss:
     return step_loss
 
 
-def check_scalar(step_loss: StepLoss, no_batch: bool) -> None:
+def check_scalar(step_loss: StepLoss) -> None:
     """Traces the loss once, so that what is wrong with it is said here and not inside a vmap."""
     try:
         out = jax.eval_shape(step_loss.start)
     except Exception as error:
-        if no_batch:
-            raise ValueError(
-                "loss_fn(params, None) failed, and update was called without a batch: pass "
-                "batch=..., or value_fn=..."
-            ) from error
         hint = model_hint(step_loss.params)
         if hint is not None and isinstance(error, TypeError | AttributeError):
             raise ValueError(f"the loss failed while hidlr traced it: {error}. {hint}") from error
@@ -117,7 +161,8 @@ def usable_value(value: Any, params: Any) -> jax.Array | None:
     value = jnp.asarray(value)
     if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(
-            f"value must be the scalar loss at params, got shape {value.shape} of {value.dtype}"
+            "value must be the scalar loss at params (loss is another name for it), got shape "
+            f"{value.shape} of {value.dtype}"
         )
     dtypes = [jnp.asarray(leaf).dtype for leaf in jax.tree.leaves(params)]
     as_wide = all(jnp.finfo(value.dtype).bits >= jnp.finfo(wide(dtype)).bits for dtype in dtypes)

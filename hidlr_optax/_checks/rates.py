@@ -46,6 +46,39 @@ def check_rates(initial: Any) -> None:
         _check_rate(initial, "init_learning_rate")
 
 
+def check_bounds(bounds: Any) -> None:
+    """Raises a ValueError unless these are a lowest and a highest rate for each label, or None."""
+    if bounds is None:
+        return
+    if not isinstance(bounds, Mapping):
+        raise ValueError(f"bounds must be {{label: (lowest, highest)}}, got {bounds!r}")
+    for name, pair in bounds.items():
+        if not (isinstance(pair, tuple | list) and len(pair) == 2):
+            raise ValueError(
+                f"bounds[{name!r}] must be a pair (lowest, highest), got {pair!r}: (None, 1e-3) is "
+                "a ceiling, (1e-3, 1e-3) holds the rate"
+            )
+        for rate in pair:
+            if rate is not None:
+                _check_rate(rate, f"bounds[{name!r}]")
+        low, high = pair
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"bounds[{name!r}] must be (lowest, highest), got {tuple(pair)}")
+
+
+def packed_bounds(bounds: Mapping[str, Any] | None, names: tuple[str, ...]) -> Any:
+    """Lowest and highest rates, (K,) each in the order of the names; None without any."""
+    if bounds is None:
+        return None
+    unknown = [name for name in bounds if name not in names]
+    if unknown:
+        raise ValueError(f"bounds for {unknown}, but the groups are {list(names)}")
+    pairs = [bounds.get(name, (None, None)) for name in names]
+    lowest = [0.0 if low is None else low for low, _ in pairs]
+    highest = [np.inf if high is None else high for _, high in pairs]
+    return np.asarray(lowest, np.float32), np.asarray(highest, np.float32)
+
+
 def initial_rates(initial: Any, names: tuple[str, ...]) -> dict[str, jax.Array]:
     """One rate for each name; zero, to be found at the first update, where `initial` is None."""
     if initial is None:

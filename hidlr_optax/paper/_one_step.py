@@ -17,6 +17,7 @@ from hidlr_optax._checks.loss import (
     check_loss_fn,
     check_scalar,
     fitting,
+    named_otherwise,
     usable_value,
 )
 from hidlr_optax._checks.rates import check_rates, check_schedule, check_whole, is_concrete
@@ -138,9 +139,10 @@ def one_step(
         groups = Groups.of(param_labels, params)
         check_like(updates, params, "updates")
         _check_gradient(rule, init_learning_rate, grad, params)
+        value, value_fn = named_otherwise(value, value_fn, extra_args)
         loss = bind_loss(loss_fn, value_fn, batch, extra_args)
         coming = fitting(StepLoss(loss, params, updates, groups))
-        check_scalar(coming, no_batch=batch is None and value_fn is None)
+        check_scalar(coming)
         known = Known(coming, state.direction, usable_value(value, params), grad, batch)
         new = pack(state, groups)
         if refresh is not False:  # not even a branch is left in the program then

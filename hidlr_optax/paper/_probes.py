@@ -111,7 +111,7 @@ class Probes:
             value = step_loss.start()
         scale = self.probe_scale(rates, slope, value, expected)
         points = self.points(len(rates), step)
-        offsets = points * scale
+        offsets = points * scale[None]
         losses = evaluate(step_loss, offsets, self.batch_size, self.sharding)
         eps = jnp.finfo(losses.dtype).eps
         losses = losses.astype(wide(losses.dtype))

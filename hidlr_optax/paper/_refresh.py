@@ -138,7 +138,7 @@ class Rule:
         def averaged(mean: jax.Array, new: jax.Array) -> jax.Array:
             use, counts = usable, measurements
             if new.ndim == 2:  # a pair of groups counts where both do
-                use, counts = use[:, None] & use, jnp.minimum(counts[:, None], counts)
+                use, counts = use[:, None] & use[None], jnp.minimum(counts[:, None], counts[None])
             return jnp.where(use, average(mean, new, self.ema_decay, counts), mean)
 
         means = Quadratic(state.diagnostics.slope, state.diagnostics.curvature, state.coupling)

@@ -60,11 +60,13 @@ def _positive(coupling: jax.Array, diagonal: jax.Array) -> jax.Array:
     Eigenvalues of the correlation matrix are clipped at zero and its diagonal is set to one again.
     """
     scale = jnp.sqrt(diagonal)
-    correlation = coupling / scale[:, None] / scale + jnp.eye(len(diagonal), dtype=diagonal.dtype)
+    correlation = coupling / scale[:, None] / scale[None] + jnp.eye(
+        len(diagonal), dtype=diagonal.dtype
+    )
     values, vectors = jnp.linalg.eigh(correlation)
-    correlation = (vectors * jnp.maximum(values, 0)) @ vectors.T
+    correlation = (vectors * jnp.maximum(values, 0)[None]) @ vectors.T
     norm = jnp.sqrt(jnp.maximum(jnp.diagonal(correlation), jnp.finfo(diagonal.dtype).tiny))
-    return correlation / norm[:, None] / norm * scale[:, None] * scale
+    return correlation / norm[:, None] / norm[None] * scale[:, None] * scale[None]
 
 
 def minimise_in_box(
@@ -87,11 +89,11 @@ def minimise_in_box(
         gradient = curvature @ x - slope
         held = ((x <= lower) & (gradient > 0)) | ((x >= upper) & (gradient < 0))
         free = ~held
-        reduced = jnp.where(free[:, None] & free, curvature, jnp.diag(diagonal))
+        reduced = jnp.where(free[:, None] & free[None], curvature, jnp.diag(diagonal))
         factor = jax.scipy.linalg.cho_factor(reduced)
         newton = jax.scipy.linalg.cho_solve(factor, jnp.where(free, gradient, 0))
-        steps = jnp.concatenate([lengths[:, None] * newton, (gradient / bound)[None]])
-        trials = jnp.concatenate([jnp.clip(x - steps, lower, upper), x[None]])
+        steps = jnp.concatenate([lengths[:, None] * newton[None], (gradient / bound)[None]])
+        trials = jnp.concatenate([jnp.clip(x[None] - steps, lower[None], upper[None]), x[None]])
         values = jax.vmap(value)(trials)
         return trials[jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))], None
 
@@ -151,7 +153,7 @@ class Coupled:
         a = jnp.where(moving, a, 1)
         coupling = local.coupling
         if coupling is not None:
-            coupling = jnp.where(moving[:, None] & moving, coupling, 0)
+            coupling = jnp.where(moving[:, None] & moving[None], coupling, 0)
         b = jnp.where(moving, local.slope, 0)
         matrix = None if coupling is None else _positive(coupling, a)
         # Both sums in learning rates of one: the uniform rate is one rate, not one factor.

@@ -114,7 +114,7 @@ def suggest(
     groups = Groups.of(param_labels, params)
     check_like(direction, params, "direction")
     step_loss = fitting(StepLoss(bind_loss(loss_fn, None, batch, {}), params, direction, groups))
-    check_scalar(step_loss, no_batch=batch is None)
+    check_scalar(step_loss)
     rates = groups.pack(initial_rates(init_learning_rate, groups.names))
 
     @jax.jit

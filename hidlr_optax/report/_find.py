@@ -7,7 +7,8 @@ import jax
 from hidlr_optax._diagnostics import Diagnostics
 
 
-def _is_state(node: Any) -> bool:
+def is_state(node: Any) -> bool:
+    """Whether this is the state of a rule that has rates."""
     return isinstance(getattr(node, "diagnostics", None), Diagnostics)
 
 
@@ -34,7 +35,7 @@ def find_state(opt_state: Any) -> Any:
       >>> int(hd.report.find_state(state).count)
       0
     """
-    states = [node for node in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(node)]
+    states = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
     if len(states) != 1:
         raise ValueError(
             f"expected one HiDLRState in the optimizer state, found {len(states)}; pass the state "
