@@ -22,6 +22,7 @@ from hidlr_optax._rule.measure import TINY, Look
 from hidlr_optax._rule.rate import FIND, average, newest
 
 COUPLED = 4 / 3  # power of the costs: between that of groups alone, 1, and of coupled ones, 2
+DOUBT = 1000.0  # times the prior, of a group that is not confirmed
 PRIOR = 1.1  # logarithm of a unit that is half believed: smaller ones are noise
 
 
@@ -30,12 +31,14 @@ class Groupwise(NamedTuple):
 
     Attributes:
       same_slope: S_k, on the batch that made the direction, loss per unit learning rate.
+      slope_size: its size: momentum swings through a minimum, where slopes change their sign.
       fresh_slope: F_k, on the next batch.
       row: (Aη)_k per unit of the joint rate.
       row_size: its size, whatever its sign.
     """
 
     same_slope: Any
+    slope_size: Any
     fresh_slope: Any
     row: Any
     row_size: Any
@@ -55,7 +58,7 @@ def include(mean: Groupwise, seen: Look, slope: jax.Array, count: jax.Array) -> 
     """The averages with one look; after the first three, one of ten times the average at most."""
     row = seen.rows / jnp.maximum(seen.unit, TINY)
     weight = newest(count, FIND)
-    new = Groupwise(slope, seen.slope + seen.rows, row, jnp.abs(row))
+    new = Groupwise(slope, jnp.abs(slope), seen.slope + seen.rows, row, jnp.abs(row))
 
     def joined(old: jax.Array, x: jax.Array) -> jax.Array:
         most = jnp.where((count < 3) | (old == 0), jnp.inf, 10 * jnp.abs(old))
@@ -88,14 +91,15 @@ def target(
       normalised: of the direction, from 0 to 1.
       looks: before this one.
     """
-    gain, cost = mean.same_slope, mean.row_size
+    gain, cost = mean.slope_size, mean.row_size
     known = (gain > 0) & (cost > 0) & jnp.isfinite(gain) & jnp.isfinite(cost)
-    known &= mean.is_confirmed(looks)
     gain, cost = (log_shape + jnp.log(jnp.where(known, x, 1)) for x in (gain, cost))
     sums = 1 - normalised
     apart = log_shape + sums * gain - COUPLED * (1 + sums) / 2 * cost - asked
-    middle = jnp.nanmedian(jnp.where(known, apart, jnp.nan))
-    return asked + believed(jnp.where(known, apart - middle, 0), PRIOR * (1 + sums))
+    confirmed = known & mean.is_confirmed(looks)
+    middle = jnp.nan_to_num(jnp.nanmedian(jnp.where(confirmed, apart, jnp.nan)))
+    prior = PRIOR * (1 + sums) * jnp.where(confirmed, 1, DOUBT)
+    return asked + believed(jnp.where(known, apart - middle, 0), prior)
 
 
 def change(
