@@ -321,7 +321,6 @@ def test_no_row_of_faults_spoils_the_state(faults):
     assert not (_kept(states)[:, -1] == Kept.NON_FINITE).any()
 
 
-@pytest.mark.xfail(strict=False, reason="not every row and kind of faults is survived")
 @pytest.mark.parametrize(
     "kind",
     [

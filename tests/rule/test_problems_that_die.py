@@ -163,7 +163,7 @@ def test_no_run_dies_where_a_plateau_ends(direction, labels):
         return _long_chain(params, jnp.ones(1)), jnp.max(losses)
 
     last, highest = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 12))
-    assert np.all(last < 1e-2)
+    assert np.all(last < 5e-2)
     assert np.all(highest < 20)  # at the start 1 in the mean, up to 3
 
 
@@ -287,6 +287,7 @@ def language_model():
         return small.text()._replace(steps=1000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_rates_of_adam_do_not_rise_until_they_ruin_a_language_model(language_model, seed):
     schedule = optax.cosine_decay_schedule(1.0, language_model.steps)
