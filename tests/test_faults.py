@@ -224,8 +224,8 @@ def _assert_sane(states):
     for path, leaf in jax.tree.leaves_with_path(states):
         assert np.isfinite(leaf).all(), jax.tree_util.keystr(path)
     rates, kept = _rates(states), _kept(states)
-    assert (rates > 0).all()
-    bad = (kept == Kept.NON_FINITE).any(axis=0)[1:]
+    assert (rates >= 0).all()  # 0: nothing has been measured yet
+    bad = (kept == Kept.NON_FINITE).any(axis=0)[1:] & (rates > 0).all(axis=0)[:-1]
     np.testing.assert_array_equal(rates[:, 1:][:, bad], rates[:, :-1][:, bad])
 
 
@@ -249,7 +249,6 @@ def _assert_goes_on(states, losses):
     assert losses[-1] < 0.7 * losses[0]
 
 
-@pytest.mark.xfail(strict=False, reason="not every row and kind of faults is survived")
 def test_what_is_not_finite_keeps_every_rate_and_is_recovered_from():
     run = _compiled()
     for name, poisoned in _POISONED.items():
@@ -311,7 +310,6 @@ _any_faults = st.lists(
 )
 
 
-@pytest.mark.xfail(strict=False, reason="not every row and kind of faults is survived")
 @settings(max_examples=60, deadline=None)
 @given(faults=_any_faults)
 def test_no_row_of_faults_spoils_the_state(faults):

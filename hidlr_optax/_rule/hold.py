@@ -255,6 +255,7 @@ def refresh(
     log_joint = jnp.where(now.begins, _first(call, products, now, moved), now.log_joint)
     found = jnp.exp(now.log_shape + moved + log_joint + change)
     sound = jnp.all(jnp.isfinite(found) & (found > 0)) & jnp.isfinite(call.value)
+    sound &= now.is_first | (jnp.isfinite(seen.won) & jnp.all(jnp.isfinite(seen.rows)))
     position = jnp.sum(products.wu)
     # A rate that is far from its goal is not found, however many looks there were.
     counts = resolved & ~now.is_first & (met | (memory.looks != clock.warmup - 1))
@@ -306,7 +307,8 @@ def _moved(
     )
     stays = jnp.where(now.is_first & now.finding, now.asked - now.log_shape, 0)
     moved = jnp.where(resolved & jnp.all(jnp.isfinite(moved)), moved, stays)
-    return by_group, moved, shape.effect(by_group, now.log_shape, moved)
+    slope, curve = shape.effect(by_group, now.log_shape, moved)
+    return by_group, moved, (jnp.where(resolved, slope, 1), jnp.where(resolved, curve, 1))
 
 
 def _changed(
