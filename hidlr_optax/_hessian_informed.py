@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from hidlr_optax._checks.advice import warn_of_schedule
+from hidlr_optax._checks.advice import finds_rates, warn_of_schedule
 from hidlr_optax._checks.loss import LossFn
 from hidlr_optax._hidlr import hidlr
 from hidlr_optax.report._find import is_state
 
 
+@finds_rates
 def hessian_informed(
     base: optax.GradientTransformation,
     loss_fn: LossFn | None,

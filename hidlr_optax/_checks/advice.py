@@ -1,11 +1,12 @@
 """Warnings, and hints for error messages: what is known of a slip while Python still runs."""
 
+import functools
 import os
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +28,34 @@ LOW_PEAK, HIGH_PEAK = 0.1, 1.1  # a schedule that stays below, or goes beyond, i
 _FIRST_STEPS = 2**20  # of a schedule: its peak comes before
 
 
-def _stacklevel() -> int:
+def stacklevel() -> int:
     """For a warning of the caller: up to the first frame outside of the libraries."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
         frame, level = frame.f_back, level + 1
     return level
+
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def finds_rates(make: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """A transformation whose TypeError for `learning_rate=` says what takes its place."""
+
+    @functools.wraps(make)
+    def made(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        for name in kwargs:
+            if name in ("learning_rate", "lr", "eta"):
+                raise TypeError(
+                    f"{make.__name__}() takes no {name!r}: it finds the learning rates, and the "
+                    "optimizer before it has rate one, such as optax.adamw(1.0). Proportions to "
+                    "start from are init_learning_rate={label: rate}, a schedule is a factor, "
+                    "schedule=optax.cosine_decay_schedule(1.0, steps)"
+                )
+        return make(*args, **kwargs)
+
+    return made
 
 
 def warn_of_peak(schedule: optax.Schedule | None) -> None:
@@ -55,16 +78,16 @@ def warn_of_peak(schedule: optax.Schedule | None) -> None:
             "as optax.cosine_decay_schedule(1.0, steps) or warmup_cosine_decay_schedule(0.0, 1.0, "
             "warmup_steps, steps)",
             UserWarning,
-            stacklevel=_stacklevel(),
+            stacklevel=stacklevel(),
         )
     # One that grows for ever, such as step / 100, is cut off by the end of the run.
     if HIGH_PEAK < highest < np.inf and np.argmax(factors) < len(factors) - 1:
         warnings.warn(
-            f"schedule reaches {highest:.3g}, but it is a factor of the rates, 1 at its peak: hidlr "
-            "finds the rates for a factor of 1. Divide the schedule by its peak, such as "
+            f"schedule reaches {highest:.3g}, but it is a factor of the rates, 1 at its peak: "
+            "hidlr finds the rates for a factor of 1. Divide the schedule by its peak, such as "
             "optax.cosine_decay_schedule(1.0, steps)",
             UserWarning,
-            stacklevel=_stacklevel(),
+            stacklevel=stacklevel(),
         )
 
 
@@ -89,7 +112,7 @@ OWN_SCHEDULE = (
 def warn_of_schedule(state: Any) -> None:
     """Warns where the state of a base optimizer has a schedule in it."""
     if has_schedule(state):
-        warnings.warn(OWN_SCHEDULE, UserWarning, stacklevel=_stacklevel())
+        warnings.warn(OWN_SCHEDULE, UserWarning, stacklevel=stacklevel())
 
 
 def unjitted_watch() -> Callable[[Any], None]:
@@ -109,7 +132,7 @@ def unjitted_watch() -> Callable[[Any], None]:
                 "hidlr: update is called outside of jax.jit, where every refresh compiles its "
                 "probes again. Put the training step, tx.update in it, under jax.jit (nnx.jit)",
                 UserWarning,
-                stacklevel=_stacklevel(),
+                stacklevel=stacklevel(),
             )
 
     return watch

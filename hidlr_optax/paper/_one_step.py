@@ -93,7 +93,8 @@ def one_step(
         parameters; from `update`, there are no params, no loss, or no gradient where one is needed.
 
     Warns:
-      UserWarning: `schedule` stays far below one or exceeds it, or `update` is called again outside of jit.
+      UserWarning: `schedule` stays far below one or exceeds it, or `update` is called again outside
+        of jit.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, hidlr_optax as hd

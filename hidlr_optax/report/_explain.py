@@ -111,9 +111,9 @@ def _unresolved(run: _Run) -> str | None:
     if Kept.UNRESOLVED not in run.kept.values():
         return None
     return (
-        "The last step changes the loss by less than the loss is rounded to. Converged runs end so. "
-        "Otherwise the loss is in half precision (compute it in float32), holds a large constant "
-        "(subtract it), or the schedule is near zero."
+        "The last step changes the loss by less than the loss is rounded to. Converged runs end "
+        "so. Otherwise the loss is in half precision (compute it in float32), holds a large "
+        "constant (subtract it), or the schedule is near zero."
     )
 
 
