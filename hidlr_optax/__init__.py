@@ -14,12 +14,13 @@ from hidlr_optax.influence._report import Influence
 from hidlr_optax.labels import label_by_depth, label_by_path, label_by_role
 from hidlr_optax.paper import paper_hidlr
 from hidlr_optax.peft._plan import Plan
-from hidlr_optax.report import explain, metrics
+from hidlr_optax.report import History, explain, metrics
 
 __version__ = "0.1.0"
 
 __all__ = [
     "HiDLRState",
+    "History",
     "Influence",
     "Kept",
     "Plan",

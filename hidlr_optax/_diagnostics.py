@@ -23,7 +23,7 @@ class Kept(enum.IntEnum):
 
     UPDATED = 0, "ok"
     NON_FINITE = 1, "not finite: look for NaN in the loss, gradient or update"
-    UNRESOLVED = 2, "changes the loss by less than its rounding: converged, or in bfloat16"
+    UNRESOLVED = 2, "changes the loss by less than its rounding"
     NOT_CONVEX = 3, "no minimum along it: larger batches, or hidlr, which needs none"
     NO_SLOPE = 4, "no slope on the last batch: masked, or not used by the loss?"
     OTHER_GROUP = 5, "kept because of another group's numbers"

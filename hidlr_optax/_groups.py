@@ -118,6 +118,21 @@ def label_names(param_labels: Any) -> tuple[str, ...]:
     return tuple(sorted({label for _, label in label_paths}))
 
 
+def _are_rules(labels: dict[Path, str], used: set[Path]) -> bool:
+    """Whether this is `{regular expression: label}`, or pairs of these, in place of labels."""
+    if used:
+        return False
+    pairs = [(str(n), str(k)) for n in range(len(labels) // 2) for k in range(2)]
+    return sorted(labels) == sorted(pairs) or any(
+        len(path) == 1 and set(path[0]) & set("*+?|[(\\^$") for path in labels
+    )
+
+
+def _first_rule(labels: dict[Path, str]) -> tuple[str, str]:
+    (path, one), *others = labels.items()
+    return (path[0], one) if len(path) == 1 else (one, others[0][1])
+
+
 def _match(labels: dict[Path, str], paths: list[Path]) -> list[str]:
     """The label of each leaf: that of the label tree's leaf on the way to it."""
     found, used, unlabelled = [], set(), []
@@ -129,6 +144,12 @@ def _match(labels: dict[Path, str], paths: list[Path]) -> list[str]:
             used.add(prefix)
             found.append(labels[prefix])
     unused = [path for path in labels if path not in used]
+    if _are_rules(labels, used):
+        raise ValueError(
+            "param_labels are labels, a pytree of str like params, and these look like rules, "
+            f"{_first_rule(labels)!r} the first of them: pass hidlr_optax.label_by_path(params, "
+            "rules, default='rest')"
+        )
     if unlabelled or unused:
         problems = []
         if unlabelled:

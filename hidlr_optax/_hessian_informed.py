@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from hidlr_optax._checks.advice import finds_rates, warn_of_schedule
 from hidlr_optax._checks.loss import LossFn
 from hidlr_optax._hidlr import hidlr
 from hidlr_optax.report._find import is_state
 
 
+@finds_rates
 def hessian_informed(
     base: optax.GradientTransformation,
     loss_fn: LossFn | None,
@@ -52,6 +54,9 @@ def hessian_informed(
       ValueError: as in `hidlr`; `base` is no transformation; from `init`, `base` accumulates, has
         a `hidlr` of its own, or is schedule-free.
 
+    Warns:
+      UserWarning: as in `hidlr`; from `init`, `base` has a schedule of its own.
+
     Example:
       >>> import jax, jax.numpy as jnp, optax, hidlr_optax as hd
       >>> def loss_fn(params, batch):
@@ -83,6 +88,7 @@ def hessian_informed(
     def init_fn(params: Any) -> Any:
         state: Any = chain.init(params)
         _check_base_state(state[0])
+        warn_of_schedule(state[0])
         return state
 
     def update_fn(

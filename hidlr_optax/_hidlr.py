@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hidlr_optax._checks.advice import unjitted_watch, warn_of_low_peak
+from hidlr_optax._checks.advice import finds_rates, unjitted_watch, warn_of_peak
 from hidlr_optax._checks.loss import (
     LossFn,
     bind_loss,
@@ -35,6 +35,7 @@ from hidlr_optax._step_loss import StepLoss
 from hidlr_optax.report import find_state
 
 
+@finds_rates
 def hidlr(
     loss_fn: LossFn | None,
     param_labels: Any,
@@ -104,7 +105,8 @@ def hidlr(
         parameters; from `update`, there are no params, no loss or no gradient.
 
     Warns:
-      UserWarning: `schedule` stays far below one, or `update` is called again outside of jit.
+      UserWarning: `schedule` stays far below one or exceeds it, or `update` is called again outside
+        of jit.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, hidlr_optax as hd
@@ -122,7 +124,7 @@ def hidlr(
     """
     _check_arguments(loss_fn, init_learning_rate, update_interval, schedule, warmup)
     check_bounds(bounds)
-    warn_of_low_peak(schedule)
+    warn_of_peak(schedule)
     watch = unjitted_watch()
 
     def init_fn(params: Any) -> Stored:
@@ -216,6 +218,7 @@ def _proportions(init_learning_rate: Any, groups: Groups) -> jax.Array:
     return logarithms - jnp.mean(logarithms)
 
 
+@finds_rates
 def hiulr(
     loss_fn: LossFn | None,
     *,

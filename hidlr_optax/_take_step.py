@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hidlr_optax.report._find import is_state
+
 
 def as_value_fn(loss_fn: Callable[..., Any], has_aux: bool, *args: Any, **kwargs: Any) -> Any:
     """The loss of the parameters alone, without auxiliary outputs."""
@@ -34,6 +36,23 @@ def evaluated(
 def unless_default(refresh: Any) -> dict[str, Any]:
     """`refresh` as a keyword, where it says anything: not every transformation knows it."""
     return {} if refresh is True else {"refresh": refresh}
+
+
+def _check_order(tx: Any, loss_fn: Any, params: Any, state: Any) -> None:
+    """Raises a TypeError unless the first arguments of `take_step` are these."""
+    if not hasattr(tx, "update") or not callable(loss_fn):
+        raise TypeError(
+            "take_step(tx, loss_fn, params, state, *args) takes the transformation and then the "
+            f"loss, got {type(tx).__name__} and {type(loss_fn).__name__}"
+        )
+    holds = [
+        any(map(is_state, jax.tree.leaves(tree, is_leaf=is_state))) for tree in (params, state)
+    ]
+    if holds == [True, False]:
+        raise TypeError(
+            "take_step(tx, loss_fn, params, state, *args) takes the parameters and then the state: "
+            "the parameters that it was given hold the state of an optimizer"
+        )
 
 
 def take_step(
@@ -84,6 +103,7 @@ def take_step(
       >>> float(loss), bool(loss_fn(params, jnp.ones((4, 2))) < loss)
       (1.0, True)
     """
+    _check_order(tx, loss_fn, params, state)
     take = value_and_grad or jax.value_and_grad(loss_fn, has_aux=has_aux)
     out, grad, known = evaluated(take(params, *args, **kwargs), has_aux, edit)
     value_fn = as_value_fn(loss_fn, has_aux, *args, **kwargs)

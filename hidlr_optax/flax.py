@@ -3,7 +3,7 @@
 Needs flax, in the extra `flax`. Import it by name: `import hidlr_optax.flax`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -165,6 +165,7 @@ def take_step(
       >>> bool(step(model, optimizer) > step(model, optimizer))
       True
     """
+    _check_order(model, optimizer, loss_fn)
     wrt = optimizer.wrt
     value_fn = value_fn_for(model, loss_fn, *args, wrt=wrt, **kwargs)
     take = value_and_grad or nnx.value_and_grad(
@@ -173,6 +174,17 @@ def take_step(
     out, grad, known = evaluated(take(model, *args, **kwargs), has_aux, edit)
     optimizer.update(model, grad, value_fn=value_fn, **known, **unless_default(refresh))
     return out
+
+
+def _check_order(model: Any, optimizer: Any, loss_fn: Any) -> None:
+    """Raises a TypeError unless the first arguments of `take_step` are these."""
+    right = isinstance(model, nnx.Module), isinstance(optimizer, nnx.Optimizer), callable(loss_fn)
+    if not all(right) or isinstance(model, nnx.Optimizer):
+        got = ", ".join(type(x).__name__ for x in (model, optimizer, loss_fn))
+        raise TypeError(
+            "take_step(model, optimizer, loss_fn, *args) takes an nnx.Module, an nnx.Optimizer and "
+            f"a function, got {got}"
+        )
 
 
 def _held(argument: Any) -> Callable[[], Any]:
@@ -297,7 +309,7 @@ def remember_batch(loss_fn: Callable[..., Any], wrt: Any = nnx.Param) -> Remembe
 
 def label_by_filter(
     model: nnx.Module,
-    rules: Sequence[tuple[Any, str]],
+    rules: Sequence[tuple[Any, str]] | Mapping[Any, str],
     default: str | None = None,
     wrt: Any = nnx.Param,
 ) -> Any:
@@ -309,7 +321,7 @@ def label_by_filter(
 
     Args:
       model: the nnx module.
-      rules: (filter, label) pairs, tried in order.
+      rules: (filter, label) pairs, or a dict of them, tried in order.
       default: the label of parameters that no filter selects. None: every one has to be selected.
       wrt: the filter of `nnx.Optimizer`: what is not selected by it needs no label.
 
@@ -317,8 +329,8 @@ def label_by_filter(
       A nested dict of str, of the paths of the parameters.
 
     Raises:
-      ValueError: `wrt` selects nothing, a rule selects nothing, or a parameter is selected by no
-        rule and there is no default.
+      ValueError: a rule is no pair, `wrt` or a rule selects nothing, or a parameter is selected by
+        no rule and there is no default.
 
     Example:
       >>> import hidlr_optax.flax
@@ -328,6 +340,13 @@ def label_by_filter(
       >>> hidlr_optax.flax.label_by_filter(model, [(nnx.LoRAParam, "lora")], "rest")
       {'base_module': {'bias': 'rest', 'kernel': 'rest'}, 'lora_a': 'lora', 'lora_b': 'lora'}
     """
+    rules = list(rules.items() if isinstance(rules, Mapping) else rules)
+    for rule in rules:
+        if not (isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[1], str)):
+            raise ValueError(
+                "rules must be (filter, label) pairs, such as (nnx.LoRAParam, 'lora'), or a dict "
+                f"{{filter: label}}, got {rule!r} among them"
+            )
     chosen = [(nnx.filterlib.to_predicate(rule), label) for rule, label in rules]
     variables = list(nnx.to_flat_state(nnx.state(model, wrt)))
     if not variables:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from hidlr_optax._checks.advice import stacklevel
 from hidlr_optax._paths import Path, leaf_paths, listing
 
 # Component patterns, tried in this order; the first that matches any component of a path decides.
@@ -116,7 +117,8 @@ def label_by_role(params: Any) -> Any:
     Reads the names that Flax linen (`LayerNorm_0/scale`), Flax nnx (`norm/scale`, `lora_a`) and
     Hugging Face (`layer_norm`, `ln_1`, `wte`, `classifier`, `lora_A`) use. The roles are
     exclusive: a bias inside a head is `head`, a bias inside a norm is `norm`, as in LayerNorm
-    tuning. For other conventions, use `label_by_path`.
+    tuning. For other conventions, use `label_by_path`. The last of the layers that Flax has
+    numbered by itself, `Dense_1`, is no head: name it, `nn.Dense(10, name="head")`.
 
     Args:
       params: any pytree.
@@ -124,12 +126,28 @@ def label_by_role(params: Any) -> Any:
     Returns:
       A pytree of str with the structure of `params`.
 
+    Warns:
+      UserWarning: there are layers numbered by Flax, and no head.
+
     Example:
       >>> import hidlr_optax as hd
       >>> hd.label_by_role({"Dense_0": {"kernel": 0.0, "bias": 0.0}, "head": {"bias": 0.0}})
       {'Dense_0': {'bias': 'bias', 'kernel': 'rest'}, 'head': {'bias': 'head'}}
     """
-    return _map_paths(_role, params)
+    labels = _map_paths(_role, params)
+    numbered = sorted({path[0] for path, _ in leaf_paths(params) if _is_numbered(path)})
+    if len(numbered) > 1 and "head" not in jax.tree.leaves(labels):
+        warnings.warn(
+            f"label_by_role finds no head: the last of {', '.join(numbered)} may be one. Name it, "
+            "such as nn.Dense(10, name='head'), or use label_by_path",
+            stacklevel=stacklevel(),
+        )
+    return labels
+
+
+def _is_numbered(path: Path) -> bool:
+    """Whether the layer is at the top, and has the name that Flax linen gives it."""
+    return re.fullmatch(r"Dense_\d+", path[0]) is not None if path else False
 
 
 # A number by itself or after an underscore is a layer's; only where no path has one, so is any

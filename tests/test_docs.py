@@ -54,7 +54,7 @@ def test_python_blocks_run_in_order(path):
         assert float(namespace["loss"]) < 0.5
     if path.name == "guide.md":
         written = _scalars(next(Path("runs/first").iterdir()))
-        assert {name for name, _ in written} == {*hd.metrics(namespace["state"]), "loss"}
+        assert {name for name, _ in written} == {*hd.metrics(namespace["state"]), "step", "loss"}
         assert {step for _, step in written} == {0, 10, 20, 30}
         refreshes = [written["refreshes", step] for step in (0, 10, 20, 30)]
         assert refreshes[:2] == [1, 11]  # while the rates are found

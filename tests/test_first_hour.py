@@ -108,6 +108,7 @@ def test_a_step_that_is_changed_after_hidlr_is_named(change):
     state = _trained(changed)
     assert _slips(state) == Slip.STEP
     assert "did not move by the step" in hd.explain(state)
+    assert not any(line.endswith("ok") for line in hd.explain(state).splitlines())
 
 
 @pytest.mark.parametrize("labels", [LABELS, "all"], ids=["two", "one"])
@@ -230,11 +231,50 @@ def _of_ones_own(step):
         lambda step: 1.0,
         lambda step: 0.3,
         lambda step: 0.0,
+        lambda step: 1.0 - step / 100.0,
+        lambda step: step / 100.0,
         _of_ones_own,
     ],
 )
 def test_a_schedule_that_is_a_factor_is_not_warned_of(schedule):
     hd.hidlr(None, "all", schedule=schedule)  # warnings are errors
+
+
+@pytest.mark.parametrize("peak", [3.0, 1.5])
+def test_a_schedule_that_exceeds_one_is_warned_of_and_named(peak):
+    with pytest.warns(UserWarning, match=f"schedule reaches {peak:.3g}") as caught:
+        rule = hd.hidlr(loss_fn, LABELS, schedule=lambda n: jnp.maximum(_falling(peak)(n), 0.0))
+    assert len(caught) == 1
+    assert f"The schedule has been at {peak:.3g}" in hd.explain(_trained(rule))
+
+
+_COSINE = optax.cosine_decay_schedule(1.0, 1000)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        lambda: optax.adamw(_COSINE),
+        lambda: optax.chain(optax.clip(1.0), optax.sgd(_COSINE)),
+        lambda: optax.inject_hyperparams(optax.adamw)(learning_rate=_COSINE),
+    ],
+    ids=["adamw", "inside of a chain", "inject_hyperparams"],
+)
+def test_a_schedule_of_the_optimizer_itself_is_named(base):
+    with jax.numpy_dtype_promotion("standard"):
+        with pytest.warns(UserWarning, match="a schedule of its own"):
+            state = hd.hessian_informed(base(), loss_fn, LABELS).init(_params())
+        assert "a schedule of its own" in hd.explain(state)
+        chain = optax.chain(base(), hd.hidlr(loss_fn, LABELS))
+        assert "a schedule of its own" in hd.explain(chain.init(_params()))
+
+
+def test_an_optimizer_without_a_schedule_is_not_said_to_have_one():
+    injected = optax.inject_hyperparams(optax.adamw)(learning_rate=1.0)
+    for base in (optax.adamw(1.0), injected):
+        with jax.numpy_dtype_promotion("standard"):
+            state = hd.hessian_informed(base, loss_fn, LABELS).init(_params())
+        assert "Nothing stands out." in hd.explain(state)
 
 
 # 4. An update that is not jitted.
@@ -357,6 +397,41 @@ def test_explain_does_not_say_that_nothing_stands_out_after_numbers_that_are_not
     state = _trained(hd.hidlr(loss_fn, LABELS), value_of=lambda value, other: value * jnp.nan)
     assert "not finite" in hd.explain(state)
     assert "Nothing stands out" not in hd.explain(state)
+
+
+def test_half_precision_is_named_where_it_may_be_and_the_eps_of_adam_where_it_is():
+    """A loss that is all rounding may be one in bfloat16, or a run that has converged."""
+
+    def said(status, params):
+        state = hd.hidlr(None, LABELS).init(params)
+        kept = {"body": jnp.int32(status), "head": jnp.int32(Kept.UPDATED)}
+        return hd.explain(state._replace(diagnostics=state.diagnostics._replace(kept=kept)))
+
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), _params())
+    for params in (_params(), half):
+        text = said(Kept.UNRESOLVED, params)
+        assert "Converged runs end so" in text
+        assert "bfloat16" not in text
+    assert "eps=1e-4" in said(Kept.NON_FINITE, half)
+    assert "eps=1e-4" not in said(Kept.NON_FINITE, _params())
+    assert "eps=1e-4" not in said(Kept.UPDATED, half)
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-4])
+def test_float16_parameters_train_with_the_eps_that_is_named(eps):
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), _params())
+    with jax.numpy_dtype_promotion("standard"):
+        tx = hd.hessian_informed(optax.adamw(1.0, eps=eps), None, LABELS)
+        state = tx.init(params)
+
+        def loss(params, batch):
+            return loss_fn(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), batch)
+
+        step = jax.jit(lambda *now: hd.take_step(tx, loss, *now))
+        for batch in zip(*_batches(1, 40), strict=True):
+            params, state, last = step(params, state, batch)
+    assert ("eps=1e-4" in hd.explain(state)) == (eps < 1e-5)
+    assert bool(jnp.isfinite(last)) == (eps > 1e-5)
 
 
 def test_explain_names_a_schedule_that_is_no_factor():

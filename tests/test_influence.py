@@ -144,7 +144,7 @@ def test_accumulation_inside_a_scan_is_that_of_a_loop_over_all_states(kwargs):
     measured = int(states.measured[-1])
     assert 10 < measured < _STEPS
     assert sorted(found.groups) == sorted(expected) == ["bias", "body", "head"]
-    assert found.steps == int(count[np.argmax(states.measured)])
+    assert found.steps == int(count[-1])
     resolved = 0
     for name, lists in expected.items():
         group, total = found.groups[name], np.array(lists["total"])
@@ -550,3 +550,42 @@ def test_groups_without_a_number_come_last_and_without_an_error_do_not_differ():
     assert not found.differs("once", "a")
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.steps = 3
+
+
+def test_an_influence_that_no_step_can_win_is_marked_wherever_it_is_printed():
+    """A parabola wins b²/2a of the loss, so more than twice the loss is no influence."""
+    groups = {
+        "odd": GroupInfluence(size=10, refreshes=9, total=36.2, total_error=13.0),
+        "head": GroupInfluence(size=10, refreshes=9, total=20.0, total_error=0.5),
+    }
+    found = hd.Influence(groups, steps=90, loss=11.4)
+    assert "36.2 ± 10 *" in str(found)
+    assert "* more than twice the loss, 11.4" in str(found)
+    assert "20 ± 0.5 *" not in str(found)
+    plan = hd.peft.select(found, 1.5)
+    assert str(plan).count("*") == 2
+    assert hd.Plan.from_json(plan.to_json()) == plan
+    for loss in (None, 0.0, -3.0, 20.0):  # not known, of no use, or larger
+        assert "*" not in str(dataclasses.replace(found, loss=loss))
+
+
+def test_the_loss_beside_an_influence_is_that_of_the_run():
+    for kwargs, known in ((_OFTEN, True), (_ONE_STEP, False)):
+        step, carry = _training(**kwargs)
+        (params, _, running), _ = jax.lax.scan(step, carry, _batches())
+        found = hd.influence.summarise(running)
+        if not known:  # no loss in its state
+            assert found.loss is None
+            continue
+        losses = [
+            float(_loss(p, jax.tree.map(lambda x: x[0], _batches()))) for p in (carry[0], params)
+        ]
+        assert min(losses) < found.loss < max(losses)
+        assert found.steps == _STEPS  # also of steps after the last look
+
+
+def test_a_state_of_many_runs_cannot_be_counted_as_one():
+    tx = hd.hidlr(_loss, _LABELS)
+    many = jax.vmap(tx.init)(jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), _params()))
+    with pytest.raises(ValueError, match=r"of \(2,\) runs, as vmap makes it"):
+        hd.influence.accumulate(hd.influence.start(_LABELS, _params()), many)

@@ -521,3 +521,13 @@ def test_label_by_depth_knows_the_names_that_layers_have(params, expected):
 def test_label_by_depth_says_which_names_it_looked_at():
     with pytest.raises(ValueError, match="'bias', 'body', 'head', 'kernel'"):
         hd.label_by_depth({"body": {"bias": 0.0, "kernel": 0.0}, "head": 0.0})
+
+
+def test_layers_that_flax_has_numbered_have_no_head_and_a_warning_says_so():
+    params = {"Dense_0": {"kernel": 0.0}, "Dense_1": {"kernel": 0.0}}
+    with pytest.warns(UserWarning, match="no head: the last of Dense_0, Dense_1") as caught:
+        hd.label_by_role(params)
+    assert caught[0].filename == __file__
+    hd.label_by_role(params | {"head": {"kernel": 0.0}})  # warnings are errors
+    hd.label_by_role({"Dense_0": {"kernel": 0.0}})
+    hd.label_by_role({"Block_0": {"Dense_0": 0.0}, "Block_1": {"Dense_1": 0.0}})

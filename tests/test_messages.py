@@ -1,5 +1,6 @@
 """Errors that name the cause and its mend, and inputs that used to be refused for no reason."""
 
+import functools
 import subprocess
 import sys
 
@@ -195,3 +196,72 @@ def test_a_model_with_keys_beside_the_batch_trains(as_keyword):
     assert np.mean(losses[-10:]) < 0.9 * losses[0]
     assert int(rngs.default.count[...]) == 40
     assert int(hd.metrics(optimizer.opt_state)["slips"]) == 0
+
+
+# Arguments in the wrong place.
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "lr"])
+def test_a_learning_rate_is_told_what_takes_its_place(name):
+    given = {name: 1e-3}
+    makers = [
+        functools.partial(hd.hidlr, None, "all"),
+        functools.partial(hd.hiulr, None),
+        functools.partial(hd.hessian_informed, optax.sgd(1.0), None, "all"),
+    ]
+    for make in makers:
+        with pytest.raises(TypeError, match=f"takes no '{name}': it finds the learning rates"):
+            make(**given)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'other'"):
+            make(other=1)
+
+
+@pytest.mark.parametrize(
+    "rules", [[("head/.*", "head"), (".*", "rest")], {"head/.*": "head", ".*": "rest"}]
+)
+def test_rules_in_the_place_of_labels_are_called_rules(rules):
+    with pytest.raises(ValueError, match=r"look like rules.*label_by_path"):
+        hd.hidlr(None, rules).init({"head": {"w": jnp.ones(2)}, "body": jnp.ones(2)})
+
+
+def test_labels_that_do_not_match_are_not_called_rules():
+    for labels in ({"layers.0": "a"}, {"head": "a"}, [("a", "b"), ("a", "c")]):
+        params = [(jnp.ones(2),)] if isinstance(labels, list) else {"other": jnp.ones(2)}
+        with pytest.raises(ValueError, match="param_labels does not match"):
+            hd.hidlr(None, labels).init(params)
+
+
+def test_swapped_arguments_of_take_step_are_named():
+    def loss_fn(params):
+        return jnp.sum(params["w"] ** 2)
+
+    params, tx = {"w": jnp.ones(2)}, hd.hessian_informed(optax.sgd(1.0), None, "all")
+    state = tx.init(params)
+    with pytest.raises(TypeError, match="the transformation and then the loss, got function and"):
+        hd.take_step(loss_fn, tx, params, state)
+    with pytest.raises(TypeError, match="the parameters and then the state"):
+        hd.take_step(tx, loss_fn, state, params)
+
+
+def test_swapped_arguments_of_an_nnx_step_are_named():
+    def loss_fn(model):
+        return jnp.sum(model.kernel[...] ** 2)
+
+    model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(
+        model, hd.hessian_informed(optax.sgd(1.0), None, "all"), wrt=nnx.Param
+    )
+    with pytest.raises(TypeError, match="got Optimizer, Linear, function"):
+        hdf.take_step(optimizer, model, loss_fn)
+    with pytest.raises(TypeError, match="got Linear, function, "):
+        hdf.take_step(model, loss_fn, optimizer)
+
+
+def test_filters_may_be_a_dict_and_have_to_be_pairs():
+    base = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    model = nnx.LoRA(4, 2, 3, base_module=base, rngs=nnx.Rngs(0))
+    pairs = hdf.label_by_filter(model, [(nnx.LoRAParam, "lora")], "rest")
+    assert hdf.label_by_filter(model, {nnx.LoRAParam: "lora"}, "rest") == pairs
+    for rules in ([nnx.LoRAParam], "lora", [("lora", nnx.LoRAParam)]):
+        with pytest.raises(ValueError, match=r"filter, label.*among them"):
+            hdf.label_by_filter(model, rules, "rest")

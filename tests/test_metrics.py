@@ -166,3 +166,28 @@ def test_metrics_of_several_hidlrs_is_an_error():
     with pytest.raises(ValueError, match=r"expected one HiDLRState .* found 2"):
         hd.metrics(state)
     assert set(hd.metrics(state[1])) == KEYS
+
+
+def test_a_history_has_the_metrics_of_each_step_as_python_numbers():
+    tx, params = hidlr(), bowl_params()
+    step = jax.jit(lambda state: update(tx, state, params)[1])
+    state, history = tx.init(params), hd.History()
+    for n in range(3):
+        state = step(state)
+        row = history.add((optax.EmptyState(), state), loss=jnp.float32(n), width=4)
+        assert row is history[-1]
+        assert {type(number) for number in row.values()} == {float}
+        expected = jax.device_get(hd.metrics(state)) | {"loss": n, "width": 4, "step": n}
+        assert row == {name: float(number) for name, number in expected.items()}
+    assert [row["step"] for row in history] == [0, 1, 2]
+    with pytest.raises(ValueError, match="expected one HiDLRState"):
+        history.add(optax.EmptyState())
+
+
+def test_a_history_reads_the_state_of_an_nnx_optimizer():
+    nnx = pytest.importorskip("flax.nnx")
+    model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(
+        model, hd.hessian_informed(optax.sgd(1.0), None, "all"), wrt=nnx.Param
+    )
+    assert hd.History().add(optimizer.opt_state)["refreshes"] == 0.0

@@ -198,3 +198,12 @@ def test_pareto_of_many_plans_names_the_ends_and_of_no_plan_is_refused():
         plot.pareto([])
     with pytest.raises(ValueError, match="rests on no influence"):
         plot.pareto([hd.Plan({"a"}, {"b"})])
+
+
+def test_a_history_of_many_runs_is_told_to_take_one():
+    row = {"loss": np.ones(3), "learning_rate/a": np.ones(3), "ppi/a": np.ones(3)}
+    draws = [plot.learning_rates, plot.influence, lambda rows: plot.losses({"a": rows})]
+    for draw in draws:
+        with pytest.raises(ValueError, match=r"of \(3,\) runs, as vmap makes it"):
+            draw([row, row])
+        draw([{key: x[0] for key, x in row.items()}] * 2)

@@ -1,11 +1,12 @@
 """Warnings, and hints for error messages: what is known of a slip while Python still runs."""
 
+import functools
 import os
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +24,11 @@ _LIBRARIES = tuple(
     )
 )  # whose frames are not the user's
 
-LOW_PEAK = 0.1  # of a schedule that is no factor
+LOW_PEAK, HIGH_PEAK = 0.1, 1.1  # a schedule that stays below, or goes beyond, is no factor
 _FIRST_STEPS = 2**20  # of a schedule: its peak comes before
 
 
-def _stacklevel() -> int:
+def stacklevel() -> int:
     """For a warning of the caller: up to the first frame outside of the libraries."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
@@ -35,8 +36,30 @@ def _stacklevel() -> int:
     return level
 
 
-def warn_of_low_peak(schedule: optax.Schedule | None) -> None:
-    """Warns where a schedule stays far below one: it is in learning rates, not a factor."""
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def finds_rates(make: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """A transformation whose TypeError for `learning_rate=` says what takes its place."""
+
+    @functools.wraps(make)
+    def made(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        for name in kwargs:
+            if name in ("learning_rate", "lr", "eta"):
+                raise TypeError(
+                    f"{make.__name__}() takes no {name!r}: it finds the learning rates, and the "
+                    "optimizer before it has rate one, such as optax.adamw(1.0). Proportions to "
+                    "start from are init_learning_rate={label: rate}, a schedule is a factor, "
+                    "schedule=optax.cosine_decay_schedule(1.0, steps)"
+                )
+        return make(*args, **kwargs)
+
+    return made
+
+
+def warn_of_peak(schedule: optax.Schedule | None) -> None:
+    """Warns where a schedule stays far below one, or exceeds it: it is no factor."""
     if schedule is None:
         return
     doublings = np.unique(np.geomspace(1, _FIRST_STEPS, 41).astype(np.int32))
@@ -44,9 +67,10 @@ def warn_of_low_peak(schedule: optax.Schedule | None) -> None:
     try:
         # inject_hyperparams makes transformations inside jit; Optax's schedules promote types.
         with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
-            peak = float(jnp.max(jnp.abs(jax.vmap(schedule)(jnp.asarray(steps)))))
+            factors = np.asarray(jax.vmap(schedule)(jnp.asarray(steps)))
     except Exception:  # a schedule of the user's own, that a warning must not break
         return
+    peak, highest = float(np.max(np.abs(factors))), float(np.max(factors))
     if 0 < peak < LOW_PEAK:  # of zero, it is a switch
         warnings.warn(
             f"schedule never exceeds {peak:.3g}, but it is a factor of the rates, 1 at its peak: "
@@ -54,8 +78,41 @@ def warn_of_low_peak(schedule: optax.Schedule | None) -> None:
             "as optax.cosine_decay_schedule(1.0, steps) or warmup_cosine_decay_schedule(0.0, 1.0, "
             "warmup_steps, steps)",
             UserWarning,
-            stacklevel=_stacklevel(),
+            stacklevel=stacklevel(),
         )
+    # One that grows for ever, such as step / 100, is cut off by the end of the run.
+    if HIGH_PEAK < highest < np.inf and np.argmax(factors) < len(factors) - 1:
+        warnings.warn(
+            f"schedule reaches {highest:.3g}, but it is a factor of the rates, 1 at its peak: "
+            "hidlr finds the rates for a factor of 1. Divide the schedule by its peak, such as "
+            "optax.cosine_decay_schedule(1.0, steps)",
+            UserWarning,
+            stacklevel=stacklevel(),
+        )
+
+
+def has_schedule(state: Any) -> bool:
+    """Whether there is a schedule of an optimizer in its state: a counter, or a hyperparameter."""
+
+    def is_counter(node: Any) -> bool:
+        if type(node).__name__ == "InjectStatefulHyperparamsState":
+            return "learning_rate" in node.hyperparams_states
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    return any(map(is_counter, jax.tree.leaves(state, is_leaf=is_counter)))
+
+
+OWN_SCHEDULE = (
+    "The optimizer has a schedule of its own, which hidlr does not know and works against: give it "
+    "rate one, such as optax.adamw(1.0), and hand the schedule to hidlr, divided by its peak, as "
+    "schedule=."
+)
+
+
+def warn_of_schedule(state: Any) -> None:
+    """Warns where the state of a base optimizer has a schedule in it."""
+    if has_schedule(state):
+        warnings.warn(OWN_SCHEDULE, UserWarning, stacklevel=stacklevel())
 
 
 def unjitted_watch() -> Callable[[Any], None]:
@@ -75,7 +132,7 @@ def unjitted_watch() -> Callable[[Any], None]:
                 "hidlr: update is called outside of jax.jit, where every refresh compiles its "
                 "probes again. Put the training step, tx.update in it, under jax.jit (nnx.jit)",
                 UserWarning,
-                stacklevel=_stacklevel(),
+                stacklevel=stacklevel(),
             )
 
     return watch

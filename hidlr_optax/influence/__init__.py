@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hidlr_optax.influence._moments import LIMB, Moments, Running, State, count, start
@@ -33,7 +34,9 @@ def _unwrapped(state: Any) -> State:
     bare = found._replace(**{field: _bare(leaf) for field, leaf in found._asdict().items()})
     coupling = getattr(state, "coupling", None)
     coupling = None if coupling is None else array(coupling)
-    return State(array(state.count), groups, coupling, bare)
+    memory = getattr(state, "memory", None)
+    loss = jnp.zeros((), jnp.float32) if memory is None else array(memory.loss)
+    return State(array(state.count), groups, coupling, bare, loss)
 
 
 def _bare(field: Any) -> Any:
@@ -67,8 +70,8 @@ def accumulate(running: Running, opt_state: Any) -> Running:
       The running counts, of the same structure and types.
 
     Raises:
-      ValueError: there is no `HiDLRState` in the state, or more than one, or its labels are not
-        those of `running`.
+      ValueError: there is no `HiDLRState` in the state, or more than one, or that of many runs at
+        once, or its labels are not those of `running`.
 
     Example:
       >>> import jax, jax.numpy as jnp, hidlr_optax as hd
@@ -85,6 +88,12 @@ def accumulate(running: Running, opt_state: Any) -> Running:
       9.0
     """
     state = _unwrapped(find_state(opt_state))
+    if np.ndim(state.count):
+        raise ValueError(
+            f"this state is of {np.shape(state.count)} runs, as vmap makes it: put accumulate, and "
+            "start, under the same vmap, and summarise one run, jax.tree.map(lambda leaf: leaf[0], "
+            "running)"
+        )
     names, labels = sorted(running.marginal.count), sorted(state.group_learning_rates)
     if names != labels:
         raise ValueError(
@@ -92,7 +101,9 @@ def accumulate(running: Running, opt_state: Any) -> Running:
             "start(labels, params) with the labels and parameters that hidlr has"
         )
     is_new = state.diagnostics.measured != running.refreshes
-    return jax.lax.cond(is_new, lambda: count(running, state), lambda: running)
+    running = jax.lax.cond(is_new, lambda: count(running, state), lambda: running)
+    # A copy: inside of jit too, the state may be donated to the next step.
+    return running._replace(steps=jnp.copy(state.count))
 
 
 def _mean_and_error(moments: Moments, name: str) -> tuple[float | None, float | None]:
@@ -148,4 +159,4 @@ def summarise(running: Running) -> Influence:
 
     found = {name: group(name) for name in sorted(running.sizes)}
     joint = {name: found.pop(name) for name in sorted(running.members)}
-    return Influence(found, int(running.steps), joint)
+    return Influence(found, int(running.steps), joint, float(running.loss) or None)

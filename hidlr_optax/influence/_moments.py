@@ -21,12 +21,14 @@ class State(NamedTuple):
       group_learning_rates: η by label.
       coupling: the curvature between groups, (K, K), or None.
       diagnostics: of the last refresh.
+      loss: the running loss; zero where the state has none.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     group_learning_rates: dict[str, jax.Array]
     coupling: Any
     diagnostics: Diagnostics[Any]
+    loss: jax.Array
 
 
 class Moments(NamedTuple):
@@ -48,8 +50,9 @@ class Running(NamedTuple):
 
     Attributes:
       refreshes: () int32, those of the state at the last call.
-      steps: () int32, updates of the optimizer at the last refresh counted.
+      steps: () int32, updates of the optimizer at the last call.
       counted: () int32, refreshes counted.
+      loss: () float32, mean of the running loss at these.
       sizes: d_k, (2,) int32 each, d_k = 2³⁰·first + second.
       negative: () int32 each, refreshes with negative curvature.
       unresolved: () int32 each, refreshes without a number for any other reason.
@@ -62,6 +65,7 @@ class Running(NamedTuple):
     refreshes: jax.Array
     steps: jax.Array
     counted: jax.Array
+    loss: jax.Array
     sizes: dict[str, jax.Array]
     negative: dict[str, jax.Array]
     unresolved: dict[str, jax.Array]
@@ -110,6 +114,7 @@ def start(labels: Any, params: Any, joint: Mapping[str, Collection[str]] | None 
         refreshes=jnp.zeros((), jnp.int32),
         steps=jnp.zeros((), jnp.int32),
         counted=jnp.zeros((), jnp.int32),
+        loss=jnp.zeros((), jnp.float32),
         sizes={name: jnp.array(divmod(d, LIMB), jnp.int32) for name, d in sizes.items()},
         negative=zeros(sizes, jnp.int32),
         unresolved=zeros(sizes, jnp.int32),
@@ -200,10 +205,12 @@ def count(running: Running, state: State) -> Running:
     has_share = alone.is_convex & (averaged.curvature > 0) & jnp.isfinite(share)
     unresolved = ~(seen.is_convex | seen.is_negative)
     rows = [*names, *sets]
+    counted = running.counted + 1
+    loss = running.loss + (state.loss - running.loss) / counted.astype(jnp.float32)
     return running._replace(
         refreshes=found.measured,
-        steps=state.count,
-        counted=running.counted + 1,
+        counted=counted,
+        loss=jnp.where(jnp.isfinite(loss), loss, running.loss),
         negative=_plus(running.negative, rows, seen.is_negative),
         unresolved=_plus(running.unresolved, rows, unresolved),
         total=added(running.total, rows, seen.total, seen.is_convex),

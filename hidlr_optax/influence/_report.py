@@ -62,7 +62,7 @@ def with_error(value: float | None, error: float | None) -> str:
     """A number and its error, for tables."""
     if value is None:
         return "–"
-    return f"{value:.3g}" if error is None else f"{value:.3g} ± {error:.1g}"
+    return f"{value:.3g}" if error is None else f"{value:.3g} ± {float(f'{error:.1g}'):g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +71,9 @@ class Influence:
 
     Attributes:
       groups: a `GroupInfluence` for each label.
-      steps: updates of the optimizer up to the last refresh that was counted.
+      steps: updates of the optimizer up to the last one that was seen.
       joint: likewise for each set of groups that `start` was asked to count together.
+      loss: the mean of the running loss at these refreshes; None: not known.
 
     Example:
       >>> from hidlr_optax.influence import GroupInfluence, Influence
@@ -91,6 +92,23 @@ class Influence:
     groups: dict[str, GroupInfluence]
     steps: int
     joint: dict[str, GroupInfluence] = dataclasses.field(default_factory=dict)
+    loss: float | None = None
+
+    def exceeds_loss(self, group: GroupInfluence) -> bool:
+        """Whether an influence is more than twice the loss, which a step cannot win.
+
+        Slope and curvature are both next to nothing then, and so their quotient is any number.
+        """
+        return self.loss is not None and 0 < 2 * self.loss < (group.total or 0.0)
+
+    def footnote(self) -> list[str]:
+        """What the mark in tables says, a line, where a group has it."""
+        if not any(map(self.exceeds_loss, [*self.groups.values(), *self.joint.values()])):
+            return []
+        return [
+            f"* more than twice the loss, {self.loss:.3g}, so no influence: neither slope nor "
+            "curvature can be told from none"
+        ]
 
     def ranking(self) -> list[str]:
         """Labels by influence per parameter (PPI), the highest first; without a number, last."""
@@ -127,8 +145,7 @@ class Influence:
         error = math.hypot(a.per_parameter_error, b.per_parameter_error)
         return abs(a.per_parameter - b.per_parameter) > z * error
 
-    @staticmethod
-    def _row(label: str, group: GroupInfluence) -> tuple[str, ...]:
+    def _row(self, label: str, group: GroupInfluence) -> tuple[str, ...]:
         counts = {"negative": group.negative, "unresolved": group.unresolved}
         without = [f"{count} {why}" for why, count in counts.items() if count]
         refreshes = f"{group.refreshes}" + (f" ({', '.join(without)})" if without else "")
@@ -136,7 +153,7 @@ class Influence:
             label,
             str(group.size),
             with_error(group.per_parameter, group.per_parameter_error),
-            with_error(group.total, group.total_error),
+            with_error(group.total, group.total_error) + " *" * self.exceeds_loss(group),
             with_error(group.marginal, group.marginal_error),
             refreshes,
         )
@@ -156,4 +173,4 @@ class Influence:
         head = ("group", "parameters", "PPI", "influence", "marginal", "refreshes")
         ranked = {label: self.groups[label] for label in self.ranking()} | self.joint
         rows = [head, *(self._row(label, group) for label, group in ranked.items())]
-        return "\n".join([*aligned(rows), self._order()])
+        return "\n".join([*aligned(rows), self._order(), *self.footnote()])

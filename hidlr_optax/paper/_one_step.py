@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from hidlr_optax._branch import where_due
-from hidlr_optax._checks.advice import unjitted_watch, warn_of_low_peak
+from hidlr_optax._checks.advice import unjitted_watch, warn_of_peak
 from hidlr_optax._checks.loss import (
     LossFn,
     bind_loss,
@@ -93,7 +93,8 @@ def one_step(
         parameters; from `update`, there are no params, no loss, or no gradient where one is needed.
 
     Warns:
-      UserWarning: `schedule` stays far below one, or `update` is called again outside of jit.
+      UserWarning: `schedule` stays far below one or exceeds it, or `update` is called again outside
+        of jit.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, hidlr_optax as hd
@@ -111,7 +112,7 @@ def one_step(
     """
     _check_arguments(loss_fn, schedule, curvature, slope, solver)
     _check_numbers(init_learning_rate, update_interval, warmup, ema_decay, max_rise)
-    warn_of_low_peak(schedule)
+    warn_of_peak(schedule)
     watch = unjitted_watch()
     rule = Rule(solver, curvature, slope, ema_decay, _rise(max_rise, solver), warmup > 0)
 

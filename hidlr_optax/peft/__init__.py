@@ -80,7 +80,7 @@ def select(
 
     Raises:
       ValueError: ψ is less than 1, not finite, or so large that no group would train, or no group
-        has a number.
+        has a number, or a score is not positive.
 
     Example:
       >>> from hidlr_optax import peft
@@ -100,6 +100,17 @@ def select(
     psi = float(psi)
     if not 1 <= psi < math.inf:
         raise ValueError(f"psi must be finite and >= 1 (1 trains everything), got {psi}")
+    worthless = [
+        name
+        for name, group in influence.groups.items()
+        if group.total is not None and group.total <= 0
+    ]
+    if worthless:
+        raise ValueError(
+            f"select compares scores with the least one, which has to be positive; of {worthless} "
+            "it is not: leave these groups out, or choose by a number of parameters, within("
+            "scores, budget, sizes=sizes)"
+        )
     ppis = {
         label: group.per_parameter
         for label, group in influence.groups.items()

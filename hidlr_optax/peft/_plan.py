@@ -204,7 +204,8 @@ class Plan:
         rows = [("group", "parameters", "PPI", "")]
         for label in sorted(order, key=lambda label: label in self.frozen):  # stable
             rows.append((label, *self._evidence(label), self._status(label)))
-        return "\n".join([line, *(text.rstrip() for text in aligned(rows))])
+        notes = [] if self.influence is None else self.influence.footnote()
+        return "\n".join([line, *(text.rstrip() for text in aligned(rows)), *notes])
 
     def _evidence(self, label: str) -> tuple[str, str]:
         size = "–" if self.sizes is None else str(self.sizes[label])
@@ -213,7 +214,8 @@ class Plan:
         group = self.influence.groups[label]
         if group.status != "resolved":
             return size, group.status
-        return size, with_error(group.per_parameter, group.per_parameter_error)
+        mark = " *" * self.influence.exceeds_loss(group)
+        return size, with_error(group.per_parameter, group.per_parameter_error) + mark
 
     def _status(self, label: str) -> str:
         return "trains" if label in self.trainable else "frozen"

@@ -8,6 +8,8 @@ from hidlr_optax.influence._report import GroupInfluence, Influence
 
 _VERSION = 1
 
+_MOST = float("inf")  # 1e400 is read as that
+
 _Check = Callable[[Any], bool]
 
 
@@ -20,7 +22,12 @@ def _is_object(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and -_MOST < value < _MOST
+
+
+def _is_size(value: Any) -> bool:
+    return _is_count(value) and value >= 1
 
 
 def _is_count(value: Any) -> bool:
@@ -55,9 +62,15 @@ _PLAN = {
     "rules": _or_none(_is_rules),
     "default": _or_none(_is_text),
 }
-_INFLUENCE = {"groups": _is_object, "steps": _is_count, "joint": _is_object}
+_INFLUENCE = {
+    "groups": _is_object,
+    "steps": _is_count,
+    "joint": _is_object,
+    "loss": _or_none(_is_number),
+}
 _GROUP = {
-    **dict.fromkeys(["size", "refreshes", "negative", "unresolved"], _is_count),
+    "size": _is_size,
+    **dict.fromkeys(["refreshes", "negative", "unresolved"], _is_count),
     **dict.fromkeys(["total", "total_error", "marginal", "marginal_error"], _or_none(_is_number)),
 }
 
@@ -75,7 +88,7 @@ def _checked(fields: Any, checks: dict[str, _Check], what: str) -> dict[str, Any
 
 def _influence(fields: Any) -> Influence:
     if isinstance(fields, dict):
-        fields = {"joint": {}} | fields  # plans of before know no sets
+        fields = {"joint": {}, "loss": None} | fields  # plans of before know neither
     found = _checked(fields, _INFLUENCE, "an influence")
 
     def groups(field: str) -> dict[str, GroupInfluence]:
@@ -84,7 +97,7 @@ def _influence(fields: Any) -> Influence:
             for label, group in found[field].items()
         }
 
-    return Influence(groups("groups"), found["steps"], groups("joint"))
+    return Influence(groups("groups"), found["steps"], groups("joint"), found["loss"])
 
 
 def _refuse(constant: str) -> None:

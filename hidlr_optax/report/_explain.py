@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hidlr_optax._checks.advice import LOW_PEAK
+from hidlr_optax._checks.advice import HIGH_PEAK, LOW_PEAK, OWN_SCHEDULE, has_schedule
 from hidlr_optax._diagnostics import Kept, Slip
 from hidlr_optax._text import aligned
 from hidlr_optax.report._find import applied, array, find_state
@@ -41,9 +41,13 @@ class _Run(NamedTuple):
     rates: dict[str, float]
     applied: dict[str, float]
     kept: dict[str, Kept]
+    types: frozenset[str]
+    has_schedule: bool
 
 
-def _read(state: Any) -> _Run:
+def _read(opt_state: Any) -> _Run:
+    state = find_state(opt_state)
+
     def number(leaf: Any) -> Any:
         return array(leaf).item()  # nnx.Optimizer wraps it in a Variable
 
@@ -55,6 +59,7 @@ def _read(state: Any) -> _Run:
             f"this state is of {np.shape(array(state.count))} runs, as vmap makes it; pass that of "
             "one: jax.tree.map(lambda leaf: leaf[0], state)"
         )
+    types = frozenset(str(leaf.dtype) for leaf in jax.tree.leaves(state.direction))
     host = jax.device_get(state._replace(direction=()))
     found, memory = host.diagnostics, getattr(host, "memory", None)
     return _Run(
@@ -68,6 +73,8 @@ def _read(state: Any) -> _Run:
         rates=by_label(host.group_learning_rates),
         applied=by_label(applied(host)),
         kept={name: Kept(code) for name, code in by_label(found.kept).items()},
+        types=types,
+        has_schedule=has_schedule(opt_state),
     )
 
 
@@ -77,7 +84,8 @@ def _table(run: _Run) -> list[str]:
     rows = [("group", "learning rate", "at the last step", "")]
     for name in sorted(order[:_SHOWN]):
         numbers = f"{run.rates[name]:.3g}", f"{run.applied[name]:.3g}"
-        rows.append((name, *numbers, f"  {run.kept[name].message}"))
+        is_moved = run.kept[name] == Kept.UPDATED and Slip.STEP in run.slips
+        rows.append((name, *numbers, f"  {'see below' if is_moved else run.kept[name].message}"))
     more = [f"and {len(order) - _SHOWN} more"] if len(order) > _SHOWN else []
     widest = max(len(row[-1]) for row in rows)
     padded = [(*row[:-1], row[-1].ljust(widest)) for row in rows]
@@ -99,12 +107,31 @@ def _statuses(run: _Run) -> str | None:
     return f"The last refresh did not move the rates of {shown}: see above."
 
 
+def _unresolved(run: _Run) -> str | None:
+    if Kept.UNRESOLVED not in run.kept.values():
+        return None
+    return (
+        "The last step changes the loss by less than the loss is rounded to. Converged runs end "
+        "so. Otherwise the loss is in half precision (compute it in float32), holds a large "
+        "constant (subtract it), or the schedule is near zero."
+    )
+
+
 def _unmeasured(run: _Run) -> str | None:
     if run.looks > 0 or run.refreshes < 3:
         return None
     return (
         f"None of {run.refreshes} refreshes has measured anything: the loss does not change along "
         "the steps by more than its rounding, or it is not finite."
+    )
+
+
+def _eps(run: _Run) -> str | None:
+    if "float16" not in run.types or Kept.NON_FINITE not in run.kept.values():
+        return None
+    return (
+        "The parameters are float16, where the eps=1e-8 of Adam is zero, and 0/0 no number: "
+        "optax.adamw(1.0, eps=1e-4), or float32 parameters that the loss casts."
     )
 
 
@@ -117,7 +144,14 @@ def _guarded(run: _Run) -> str | None:
     )
 
 
-def _low_schedule(run: _Run) -> str | None:
+def _schedule(run: _Run) -> str | None:
+    if run.has_schedule:
+        return OWN_SCHEDULE
+    if run.peak > HIGH_PEAK:
+        return (
+            f"The schedule has been at {run.peak:.3g}: it is a factor, 1 at its peak. Divide it by "
+            "its peak."
+        )
     if run.refreshes < _FOUND or not 0 < run.peak < LOW_PEAK:
         return None
     return (
@@ -128,9 +162,11 @@ def _low_schedule(run: _Run) -> str | None:
 
 _FINDINGS: tuple[Callable[[_Run], str | None], ...] = (
     _statuses,
+    _unresolved,
     _unmeasured,
+    _eps,
     _guarded,
-    _low_schedule,
+    _schedule,
 )
 
 
@@ -162,7 +198,7 @@ def explain(opt_state: Any) -> str:
       all              0.5                 0    ok
       Nothing stands out.
     """
-    run = _read(find_state(opt_state))
+    run = _read(opt_state)
     times = "once" if run.cuts == 1 else f"{run.cuts} times"
     head = f"{run.updates} updates, {run.refreshes} refreshes; the guard stepped in {times}."
     found = [text for text in (finding(run) for finding in _FINDINGS) if text is not None]

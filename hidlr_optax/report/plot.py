@@ -39,7 +39,18 @@ def _series(history: Iterable[Mapping[str, Any]], field: str) -> tuple[np.ndarra
             f"got {sorted(rows[0])}"
         )
     steps = np.array([row.get("step", n) for n, row in enumerate(rows)], float)
-    return steps, {label: np.array([float(row[field + label]) for row in rows]) for label in labels}
+    return steps, {label: _numbers(rows, field + label) for label in labels}
+
+
+def _numbers(rows: list[Mapping[str, Any]], key: str) -> np.ndarray:
+    """(n,) numbers of a history of one run."""
+    many = next((np.shape(row[key]) for row in rows if np.ndim(row[key])), None)
+    if many is not None:
+        raise ValueError(
+            f"this history is of {many} runs, as vmap makes it; pass that of one: "
+            "[jax.tree.map(lambda leaf: leaf[0], row) for row in history]"
+        )
+    return np.array([float(row[key]) for row in rows])
 
 
 def _draw_rates(axes: Axes, steps: np.ndarray, rates: Mapping[str, np.ndarray]) -> None:
@@ -97,7 +108,7 @@ def learning_rates(
     if rate == "unscheduled_rate":
         axes[-1, 0].set_ylabel("rate before the schedule")
     if with_loss:
-        losses = np.array([float(row["loss"]) for row in rows])
+        losses = _numbers(rows, "loss")
         axes[0, 0].plot(steps, losses, color="0.75", linewidth=1)
         axes[0, 0].plot(steps, _means(losses, window), color="black", linewidth=1.5)
         scale = "log" if min(losses) > 0 else "linear"
