@@ -50,8 +50,8 @@ class Groupwise(NamedTuple):
         normalisation layer. No batch confirms their slope, and their rows have changing signs.
         """
         slope_is_kept = 2 * self.fresh_slope > self.same_slope
-        by_chance = jnp.maximum(0.5, 1 / jnp.sqrt(looks + 1))
-        return slope_is_kept | (jnp.abs(self.row) > by_chance * self.row_size)
+        row_is_kept = 2 * jnp.abs(self.row) > self.row_size
+        return slope_is_kept | (row_is_kept & (looks > 0))  # one row alone has one sign
 
 
 def include(mean: Groupwise, seen: Look, slope: jax.Array, count: jax.Array) -> Groupwise:
