@@ -104,6 +104,11 @@ def is_labeller(param_labels: Any) -> bool:
     return callable(param_labels) and jax.tree_util.all_leaves([param_labels])
 
 
+def is_placeholder(params: Any) -> bool:
+    """Whether this is `optax.tree.map_params`, which asks `init` with an object without leaves."""
+    return type(params).__name__ == "_ParamsPlaceholder"
+
+
 def label_names(param_labels: Any) -> tuple[str, ...]:
     """The distinct labels of a label tree, sorted: an order that does not depend on the tree's."""
     label_paths = leaf_paths(param_labels)
@@ -119,7 +124,7 @@ def label_names(param_labels: Any) -> tuple[str, ...]:
 
 
 def _are_rules(labels: dict[Path, str], used: set[Path]) -> bool:
-    """Whether this is `{regular expression: label}`, or pairs of these, in place of labels."""
+    """Whether this is `{regular expression: label}`, or pairs of these, instead of labels."""
     if used:
         return False
     pairs = [(str(n), str(k)) for n in range(len(labels) // 2) for k in range(2)]

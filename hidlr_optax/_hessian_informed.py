@@ -1,4 +1,4 @@
-"""`hidlr` around a base optimizer, in place of behind it in a chain."""
+"""`hidlr` around a base optimizer, instead of behind it in a chain."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +11,7 @@ import optax.contrib
 from hidlr_optax._checks.advice import finds_rates, warn_of_schedule
 from hidlr_optax._checks.loss import LossFn
 from hidlr_optax._hidlr import hidlr
+from hidlr_optax._paths import nodes
 from hidlr_optax.report._find import is_state
 
 
@@ -126,7 +127,7 @@ def _check_base_state(state: Any) -> None:
         kinds = optax.MultiStepsState, optax.contrib.ScheduleFreeState
         return isinstance(node, kinds) or is_state(node)
 
-    parts = jax.tree.leaves(state, is_leaf=is_part)
+    parts = nodes(state, is_part)
     if any(isinstance(part, optax.MultiStepsState) for part in parts):
         raise ValueError(_ACCUMULATES)
     if any(isinstance(part, optax.contrib.ScheduleFreeState) for part in parts):

@@ -27,7 +27,7 @@ from hidlr_optax._checks.rates import (
     is_concrete,
     packed_bounds,
 )
-from hidlr_optax._groups import Groups
+from hidlr_optax._groups import Groups, is_placeholder
 from hidlr_optax._rule import hold
 from hidlr_optax._rule.measure import Call
 from hidlr_optax._state import Stored, clock, initial_state, pack, unpack
@@ -129,7 +129,7 @@ def hidlr(
 
     def init_fn(params: Any) -> Stored:
         state = initial_state(params, param_labels, init_learning_rate)
-        if isinstance(state.group_learning_rates, dict):  # else it is optax.tree.map_params
+        if not is_placeholder(params):
             packed_bounds(bounds, tuple(state.group_learning_rates))
         return state
 

@@ -1,6 +1,7 @@
 """Slash-joined names for the leaves of any pytree."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,3 +39,8 @@ def listing(paths: list[Path], limit: int = 5) -> str:
     """The first few paths and their count, for error messages."""
     first = ", ".join(repr("/".join(path)) for path in paths[:limit])
     return f"{first}{', …' if len(paths) > limit else ''} ({len(paths)} in all)"
+
+
+def nodes(tree: Any, is_node: Callable[[Any], bool]) -> list[Any]:
+    """The parts of a tree that `is_node` says yes to, not what is inside of them."""
+    return [part for part in jax.tree.leaves(tree, is_leaf=is_node) if is_node(part)]

@@ -73,8 +73,8 @@ def marginal(quadratic: Quadratic) -> jax.Array:
 
     A measured A need not be positive definite, and then has no best step. Where an eigenvalue of
     its correlations C_kl = A_kl/√(a_k a_l) is less than 0.001, they are drawn towards none,
-    (1 − t)C + t·1, with the smallest t that mends it. The parabola of each single group stays as it
-    was measured.
+    (1 − t)C + t·1, with the smallest t that repairs it. The parabola of each single group stays as
+    it was measured.
 
     Args:
       quadratic: in any units: J does not depend on them.

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from hidlr_optax._groups import Groups, label_names
+from hidlr_optax._groups import Groups, is_placeholder, label_names
 
 _LAYER = r"depth_(\d+)(-\d+)?"  # as `label_by_depth` has it
 
@@ -50,7 +50,7 @@ def scale_by_label(param_labels: Any, factors: Mapping[str, float]) -> optax.Gra
             )
 
     def init_fn(params: Any) -> optax.EmptyState:
-        if type(params).__name__ != "_ParamsPlaceholder":  # of optax.tree.map_params
+        if not is_placeholder(params):
             names = Groups.of(param_labels, params).names
             unknown = [name for name in factors if name not in names]
             if unknown:

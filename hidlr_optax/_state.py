@@ -8,7 +8,7 @@ import optax
 
 from hidlr_optax._checks.rates import check_names, initial_rates
 from hidlr_optax._diagnostics import Diagnostics, PerGroup
-from hidlr_optax._groups import Groups
+from hidlr_optax._groups import Groups, is_placeholder
 from hidlr_optax._rule import hold
 
 WIDEN_AFTER = 25  # intervals; after twice as many, they become longer
@@ -40,9 +40,8 @@ Stored = HiDLRState[dict[str, jax.Array]]
 
 def initial_state(params: Any, param_labels: Any, init_learning_rate: Any) -> Stored:
     """The state before the first update."""
-    if type(params).__name__ == "_ParamsPlaceholder":
-        # This is optax.tree.map_params, which asks with an object without leaves which fields are
-        # like params. A prefix of the state says it.
+    if is_placeholder(params):
+        # Which fields are like params: a prefix of the state says it.
         leaf: Any = jnp.zeros(())
         return HiDLRState(leaf, leaf, leaf, leaf, params, leaf)
     names = Groups.of(param_labels, params).names

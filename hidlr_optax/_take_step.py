@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hidlr_optax._paths import nodes
 from hidlr_optax.report._find import is_state
 
 
@@ -45,10 +46,7 @@ def _check_order(tx: Any, loss_fn: Any, params: Any, state: Any) -> None:
             "take_step(tx, loss_fn, params, state, *args) takes the transformation and then the "
             f"loss, got {type(tx).__name__} and {type(loss_fn).__name__}"
         )
-    holds = [
-        any(map(is_state, jax.tree.leaves(tree, is_leaf=is_state))) for tree in (params, state)
-    ]
-    if holds == [True, False]:
+    if nodes(params, is_state) and not nodes(state, is_state):
         raise TypeError(
             "take_step(tx, loss_fn, params, state, *args) takes the parameters and then the state: "
             "the parameters that it was given hold the state of an optimizer"
@@ -80,7 +78,7 @@ def take_step(
       state: of `tx`.
       *args: handed to `loss_fn`: the batch, a dropout key, batch statistics.
       has_aux: as `jax.value_and_grad` has it.
-      value_and_grad: in place of `jax.value_and_grad(loss_fn)`, with the same arguments and
+      value_and_grad: instead of `jax.value_and_grad(loss_fn)`, with the same arguments and
         results: an own gradient, accumulated over mini-batches or averaged over devices. The loss
         and the raw gradient of `loss_fn` for these arguments.
       edit: gradient -> gradient, before the optimizer gets it, such as a clip; slopes are taken

@@ -64,7 +64,7 @@ class TrainState(train_state.TrainState):
           grads: gradients like params.
           batch: handed to the `loss_fn` of `hidlr`.
           value: the loss at params, of this batch.
-          value_fn: params -> loss, in place of `loss_fn` and `batch`.
+          value_fn: params -> loss, instead of `loss_fn` and `batch`.
           grad: the raw gradient of the loss, where `grads` is not (clipped or scaled outside of
             `tx`); None: `grads`.
           refresh: as `hidlr` has it.
@@ -107,7 +107,7 @@ class TrainState(train_state.TrainState):
             A closure over a dropout key or batch statistics will do.
           *args: handed to `loss_fn`.
           has_aux: as `jax.value_and_grad` has it.
-          value_and_grad: an own gradient, in place of `jax.value_and_grad(loss_fn)`.
+          value_and_grad: an own gradient, instead of `jax.value_and_grad(loss_fn)`.
           edit: gradient -> gradient, before the optimizer gets it.
           refresh: as `hidlr` has it.
           **kwargs: handed to `loss_fn`.
@@ -144,7 +144,7 @@ def take_step(
       loss_fn: (model, *args, **kwargs) -> loss, or (loss, auxiliary outputs) with `has_aux`.
       *args: handed to `loss_fn`: the batch, an `nnx.Rngs`.
       has_aux: as `nnx.value_and_grad` has it.
-      value_and_grad: an own gradient, in place of `nnx.value_and_grad(loss_fn)`, with the same
+      value_and_grad: an own gradient, instead of `nnx.value_and_grad(loss_fn)`, with the same
         arguments and results.
       edit: gradient -> gradient, before the optimizer gets it.
       refresh: as `hidlr` has it.

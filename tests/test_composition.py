@@ -521,7 +521,7 @@ def test_shard_map_with_pmean_in_the_loss_equals_one_device():
     def loss_fn(params, batch):
         return jax.lax.pmean(_network(params, batch), "x")
 
-    # A curvature along the whole step multiplies the rounding of losses that devices sum anew.
+    # A curvature along the whole step multiplies the rounding of sums in another order.
     _assert_all_close(_shard_mapped(loss_fn), _reference_run(), rtol=1e-2, atol=1e-4)
 
 

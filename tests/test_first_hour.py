@@ -1,4 +1,4 @@
-"""What a new user gets wrong: each slip is noticed, named, and comes with its mend."""
+"""What a new user gets wrong: each slip is noticed and named, with the change that fixes it."""
 
 import logging
 import warnings

@@ -33,7 +33,7 @@ class Problem(NamedTuple):
       splits: "train", "validation", "test" -> a batch that holds the whole split. The three never
         share an example.
       batch_size: examples per step, drawn with replacement from "train". 0: all of them.
-      sample: key -> batch, in place of the two above.
+      sample: key -> batch, instead of the two above.
       score: (params, batch) -> scalar, higher is better: what users judge by, if not the loss.
       evaluate: params -> scalar, lower is better. None: the loss on "train".
       groupings: name -> labels, as `hidlr` takes them.

@@ -14,7 +14,7 @@ TOYS = ("ellipse", "Beale + Rosenbrock")
 INTERVALS = (1, 4, 10, 20)
 SCALES = (0.01, 1.0, 100.0)  # how far off the initial rate is
 
-# Runs ten times as long. The images are learnt by heart in them; the others are not.
+# Runs ten times as long. The images are memorised in them; the others are not.
 LONG_STEPS = 4000
 LONG = (
     ("MNIST CNN", "AdamW"),

@@ -1,7 +1,7 @@
 """A GPT of six layers trained from nothing on Python's help texts for thousands of steps.
 
-AdamW at four rates with warm-up and cosine, and `hidlr` by cosine with one rate and one per layer.
-The texts are short, so all runs learn them by heart: it is the training loss that counts here.
+AdamW at four rates with warm-up and cosine, and `hidlr` with a cosine schedule, with one rate and
+with one per layer. The texts are short, so all runs memorise them: the training loss counts here.
 
     python -m benchmarks.rule.gpt_from_scratch --out gpt.jsonl              # minutes a run on a GPU
     python -m benchmarks.rule.gpt_from_scratch --quick --out gpt.jsonl      # small, on any machine

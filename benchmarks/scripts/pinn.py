@@ -1,7 +1,7 @@
 """A physics-informed network for the heat equation, whose solution is known; plain JAX.
 
 u_t = u_xx / 16 on [0, 1]², u = 0 at both sides, and u = sin πx + ½ sin 3πx at the start. Points are
-drawn anew for every step.
+drawn again for every step.
 """
 
 from collections.abc import Iterator

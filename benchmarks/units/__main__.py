@@ -2,7 +2,7 @@
 
     python -m benchmarks.units                            # all problems, all methods
     python -m benchmarks.units splats --methods hidlr "Prodigy per group"
-    python -m benchmarks.units --tune splats              # finds the tuned rates anew
+    python -m benchmarks.units --tune splats              # finds the tuned rates again
 
 Prints final losses, and over those of tuned rates. Runs are kept in --out and not run again.
 """

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from hidlr_optax._paths import leaf_paths, listing
+from hidlr_optax._paths import leaf_paths, listing, nodes
 
 _LIBRARIES = tuple(
     f"{folder}{os.sep}"
@@ -99,7 +99,7 @@ def has_schedule(state: Any) -> bool:
             return "learning_rate" in node.hyperparams_states
         return isinstance(node, optax.ScaleByScheduleState)
 
-    return any(map(is_counter, jax.tree.leaves(state, is_leaf=is_counter)))
+    return bool(nodes(state, is_counter))
 
 
 OWN_SCHEDULE = (

@@ -255,7 +255,7 @@ def refresh(
     log_joint = jnp.where(now.begins, _first(call, products, now, moved), now.log_joint)
     found = jnp.exp(now.log_shape + moved + log_joint + change)
     sound = jnp.all(jnp.isfinite(found) & (found > 0)) & jnp.isfinite(call.value)
-    sound &= now.is_first | (jnp.isfinite(seen.won) & jnp.all(jnp.isfinite(seen.rows)))
+    sound &= now.is_first | seen.is_finite
     position = jnp.sum(products.wu)
     # A rate that is far from its goal is not found, however many looks there were.
     counts = resolved & ~now.is_first & (met | (memory.looks != clock.warmup - 1))

@@ -105,6 +105,11 @@ class Look(NamedTuple):
     wrong_value: jax.Array
 
     @property
+    def is_finite(self) -> jax.Array:
+        """Whether all that was measured is: () bool."""
+        return jnp.isfinite(self.won) & jnp.all(jnp.isfinite(self.rows))
+
+    @property
     def curvature(self) -> jax.Array:
         """C, loss: ()."""
         return 2 * (self.won - self.slope @ self.rates)
@@ -121,11 +126,15 @@ class Look(NamedTuple):
 
     def is_resolved(self, value: jax.Array, rate: jax.Array) -> jax.Array:
         """Whether the numbers are finite, and the curvature at a joint rate is not all rounding."""
-        finite = jnp.isfinite(self.won) & jnp.all(jnp.isfinite(self.rows)) & jnp.isfinite(value)
         change = jnp.maximum(jnp.abs(self.slope @ self.rates), jnp.abs(self.won))
         rounding = ROUNDINGS * float(jnp.finfo(value.dtype).eps) * jnp.abs(value)
         scale = jnp.maximum(rate / self.unit, 1)
-        return finite & (change > scale * rounding.astype(jnp.float32)) & (change > 0)
+        return (
+            self.is_finite
+            & jnp.isfinite(value)
+            & (change > scale * rounding.astype(jnp.float32))
+            & (change > 0)
+        )
 
 
 def joint(rates: jax.Array) -> jax.Array:

@@ -85,8 +85,8 @@ def _statuses(
     distrusted: jax.Array,
 ) -> jax.Array:
     """(K,) int32 of `Kept`; as before where no step had been taken that could be looked at."""
-    numbers = seen.won, seen.rows, value, products.ug, products.uu
-    finite = jnp.stack([jnp.all(jnp.isfinite(number)) for number in numbers]).all()
+    finite = seen.is_finite & jnp.isfinite(value)
+    finite &= jnp.all(jnp.isfinite(products.ug) & jnp.isfinite(products.uu))
     uphill = products.ug @ jnp.abs(seen.rates) >= 0
     status = jnp.where(uphill, Kept.ASCENDS, Kept.UPDATED)
     status = jnp.where(resolved, status, Kept.UNRESOLVED)

@@ -9,7 +9,7 @@ import optax
 
 from hidlr_optax._checks.rates import check_names, initial_rates
 from hidlr_optax._diagnostics import Diagnostics, PerGroup
-from hidlr_optax._groups import Groups
+from hidlr_optax._groups import Groups, is_placeholder
 
 
 class OneStepState(NamedTuple, Generic[PerGroup]):
@@ -65,9 +65,8 @@ def initial_state(
     params: Any, param_labels: Any, init_learning_rate: Any, couples: bool, looks_back: bool
 ) -> Stored:
     """The state before the first update."""
-    if type(params).__name__ == "_ParamsPlaceholder":
-        # This is optax.tree.map_params, which asks with an object without leaves which fields are
-        # like params. A prefix of the state says it.
+    if is_placeholder(params):
+        # Which fields are like params: a prefix of the state says it.
         leaf: Any = jnp.zeros(())
         direction = params if looks_back else ()
         return OneStepState(leaf, leaf, leaf, leaf, leaf if couples else None, direction, leaf)

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from hidlr_optax._diagnostics import Diagnostics
+from hidlr_optax._paths import nodes
 
 
 def is_state(node: Any) -> bool:
@@ -35,7 +36,7 @@ def find_state(opt_state: Any) -> Any:
       >>> int(hd.report.find_state(state).count)
       0
     """
-    states = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
+    states = nodes(opt_state, is_state)
     if len(states) != 1:
         raise ValueError(
             f"expected one HiDLRState in the optimizer state, found {len(states)}; pass the state "

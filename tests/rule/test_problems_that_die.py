@@ -282,7 +282,7 @@ def test_a_constant_in_the_loss_kills_no_run(direction, constant):
 
 @pytest.fixture(scope="module")
 def language_model():
-    """Two blocks on help texts: AdamW by cosine ends at 1.88 with 0.01, at 2.76 with 0.06."""
+    """Two blocks on help texts: AdamW with cosine decay ends at 1.88 with 0.01, 2.76 with 0.06."""
     with jax.numpy_dtype_promotion("standard"):
         return small.text()._replace(steps=1000)
 
