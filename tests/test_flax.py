@@ -412,7 +412,7 @@ def test_an_nnx_trainer_that_passes_nothing_trains(accumulates):
         return loss
 
     losses = [float(step(model, optimizer, x, x.sum(1))) for _ in range(60)]
-    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:5])
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:5])
     assert int(hd.metrics(optimizer.opt_state)["slips"]) == 0
     assert model.norm.mean[...].any()
 
