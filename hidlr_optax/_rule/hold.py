@@ -302,8 +302,9 @@ def _moved(
     # Later, those of sums of gradients would feed on themselves: a long step has a long slope.
     weight = jnp.where(now.finding, 1.0, mean.normalised / (1 + now.held / rate.PATIENCE))
     most = jnp.where(now.is_first, jnp.finfo(jnp.float32).max, MOST)
+    is_visible = seen.part > jnp.where(memory.looks == 0, 4 * seen.error, 2e-6 * now.size)
     moved = shape.change(
-        by_group, now.log_shape, now.asked, mean.normalised, memory.looks, weight, most
+        by_group, now.log_shape, now.asked, mean.normalised, memory.looks, is_visible, weight, most
     )
     stays = jnp.where(now.is_first & now.finding, now.asked - now.log_shape, 0)
     moved = jnp.where(resolved & jnp.all(jnp.isfinite(moved)), moved, stays)

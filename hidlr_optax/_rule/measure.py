@@ -120,6 +120,16 @@ class Look(NamedTuple):
         return self.slope @ self.rates + self.curvature
 
     @property
+    def error(self) -> jax.Array:
+        """By how much the loss contradicts the gradients about C, loss: ()."""
+        return jnp.abs(self.curvature - self.rows @ self.rates)
+
+    @property
+    def part(self) -> jax.Array:
+        """What a group has done to the loss, by the gradients, (K,)."""
+        return jnp.abs(self.rates) * (jnp.abs(self.slope) + jnp.abs(self.rows))
+
+    @property
     def unit(self) -> jax.Array:
         """The joint rate of the step."""
         return joint(self.rates)

@@ -43,15 +43,15 @@ class Groupwise(NamedTuple):
     row: Any
     row_size: Any
 
-    def is_confirmed(self, looks: jax.Array) -> jax.Array:
-        """Whether a group is more than noise: a half of its slope or of its rows is kept, (K,).
+    def is_confirmed(self, looks: jax.Array, is_visible: jax.Array) -> jax.Array:
+        """Whether a group is more than noise, (K,).
 
         Adam makes steps of rounding where the loss does not depend on a group, as before a
         normalisation layer. No batch confirms their slope, and their rows have changing signs.
         """
         slope_is_kept = 2 * self.fresh_slope > self.same_slope
         row_is_kept = 2 * jnp.abs(self.row) > self.row_size
-        return slope_is_kept | (row_is_kept & (looks > 0))  # one row alone has one sign
+        return is_visible & (slope_is_kept | row_is_kept | (looks == 0))
 
 
 def include(mean: Groupwise, seen: Look, slope: jax.Array, count: jax.Array) -> Groupwise:
@@ -79,6 +79,7 @@ def target(
     asked: jax.Array,
     normalised: jax.Array,
     looks: jax.Array,
+    is_visible: jax.Array,
 ) -> jax.Array:
     """The logarithms of the proportions to move to, (K,): those asked for where none are known.
 
@@ -96,7 +97,7 @@ def target(
     gain, cost = (log_shape + jnp.log(jnp.where(known, x, 1)) for x in (gain, cost))
     sums = 1 - normalised
     apart = log_shape + sums * gain - COUPLED * (1 + sums) / 2 * cost - asked
-    confirmed = known & mean.is_confirmed(looks)
+    confirmed = known & mean.is_confirmed(looks, is_visible)
     middle = jnp.nan_to_num(jnp.nanmedian(jnp.where(confirmed, apart, jnp.nan)))
     prior = PRIOR * (1 + sums) * jnp.where(confirmed, 1, DOUBT)
     return asked + believed(jnp.where(known, apart - middle, 0), prior)
@@ -108,6 +109,7 @@ def change(
     asked: jax.Array,
     normalised: jax.Array,
     looks: jax.Array,
+    is_visible: jax.Array,
     weight: jax.Array,
     most: jax.Array,
 ) -> jax.Array:
@@ -122,7 +124,7 @@ def change(
       weight: the part of the way to go.
       most: the logarithm by which one look moves a proportion at most.
     """
-    away = target(mean, log_shape, asked, normalised, looks) - log_shape
+    away = target(mean, log_shape, asked, normalised, looks, is_visible) - log_shape
     moved = weight * jnp.clip(away - jnp.mean(away), -most, most)
     return moved - jnp.mean(moved)
 
