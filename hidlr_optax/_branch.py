@@ -17,8 +17,9 @@ def where_due(due: jax.Array, found: Callable[[], Any], kept: Any) -> Any:
     try:
         return jax.lax.cond(due, found, lambda: kept)
     except TypeError as error:
-        error.add_note(
-            "If this is inside shard_map: the loss differs from device to device, and each would "
-            "come to its own learning rates. Use jax.lax.pmean on the loss, value and grad."
-        )
+        if "manual ax" in str(error):
+            error.add_note(
+                "The loss differs from device to device, and each would come to its own learning "
+                "rates. Use jax.lax.pmean on the loss, value and grad."
+            )
         raise

@@ -248,7 +248,7 @@ def refresh(
     resolved &= jnp.all(jnp.isfinite(slope)) & jnp.all(jnp.isfinite(products.uu))
     along = resolved & ~now.apart & ~now.is_first
     mean = _of_kind(memory, products, now)
-    by_group, moved, effect = _moved(memory, seen, mean, now, resolved)
+    by_group, moved, effect = _moved(memory, seen, call.value, mean, now, resolved)
     mean, change, met = _changed(memory, seen, mean, by_group, effect, now)
     harmed = along & guard.harms(seen.won, now.size)
     change = jnp.where(along, change, 0) + jnp.where(harmed & now.finding, jnp.log(rate.FALL), 0)
@@ -293,7 +293,7 @@ def _of_kind(memory: Memory, products: Products, now: Now) -> rate.Averages:
 
 
 def _moved(
-    memory: Memory, seen: Look, mean: rate.Averages, now: Now, resolved: jax.Array
+    memory: Memory, seen: Look, value: jax.Array, mean: rate.Averages, now: Now, resolved: jax.Array
 ) -> tuple[shape.Groupwise, jax.Array, tuple[Any, Any]]:
     """The averages of the groups, the logarithms of what moves their proportions, its effect."""
     by_group = shape.include(memory.by_group, seen, now.slope, memory.looks)
@@ -302,10 +302,8 @@ def _moved(
     # Later, those of sums of gradients would feed on themselves: a long step has a long slope.
     weight = jnp.where(now.finding, 1.0, mean.normalised / (1 + now.held / rate.PATIENCE))
     most = jnp.where(now.is_first, jnp.finfo(jnp.float32).max, MOST)
-    is_visible = seen.part > jnp.where(memory.looks == 0, 4 * seen.error, 2e-6 * now.size)
-    moved = shape.change(
-        by_group, now.log_shape, now.asked, mean.normalised, memory.looks, is_visible, weight, most
-    )
+    is_seen = seen.shows(value, now.begins)
+    moved = shape.change(by_group, now.log_shape, now.asked, mean.normalised, is_seen, weight, most)
     stays = jnp.where(now.is_first & now.finding, now.asked - now.log_shape, 0)
     moved = jnp.where(resolved & jnp.all(jnp.isfinite(moved)), moved, stays)
     slope, curve = shape.effect(by_group, now.log_shape, moved)
@@ -329,12 +327,12 @@ def _changed(
     turns = (now.held == 0) & ~now.finding
     mean = mean.scaled(*[jnp.where(turns, 1 / unit, 1.0)] * 2)
     proportions = jnp.exp(now.log_shape)
-    usual = jnp.abs(proportions @ memory.by_group.same_slope) / unit
+    usual = proportions @ memory.by_group.gain / unit
     present = jnp.abs(proportions @ now.slope) / unit
     bound = jnp.where(memory.looks < 3, jnp.maximum(usual, present), usual)
     mean = rate.include(mean, seen, unit, bound, now.weight).scaled(*effect)
     newest = effect[1] * seen.curvature / jnp.maximum(seen.unit, TINY) ** 2 / unit
-    same = effect[0] * (proportions @ by_group.same_slope) / unit
+    same = effect[0] * (proportions @ by_group.gain) / unit
     change, met = rate.change(mean, newest, same, now.level, now.factor, now.finding, now.held)
     return mean, jnp.where((same > 0) & jnp.isfinite(change), change, 0), met
 

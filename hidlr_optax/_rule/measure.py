@@ -21,6 +21,9 @@ from hidlr_optax._branch import where_due
 from hidlr_optax._groups import Groups
 
 ROUNDINGS = 16.0  # of the loss: a step that changes it by less has no curvature to be seen
+ERRORS = (
+    4.0  # times what the loss contradicts: a group that has done less is not seen to begin with
+)
 FITS = 0.01  # of the loss: a `value` further from the loss at the parameters is another's
 TINY = 1e-30
 
@@ -120,16 +123,6 @@ class Look(NamedTuple):
         return self.slope @ self.rates + self.curvature
 
     @property
-    def error(self) -> jax.Array:
-        """By how much the loss contradicts the gradients about C, loss: ()."""
-        return jnp.abs(self.curvature - self.rows @ self.rates)
-
-    @property
-    def part(self) -> jax.Array:
-        """What a group has done to the loss, by the gradients, (K,)."""
-        return jnp.abs(self.rates) * (jnp.abs(self.slope) + jnp.abs(self.rows))
-
-    @property
     def unit(self) -> jax.Array:
         """The joint rate of the step."""
         return joint(self.rates)
@@ -137,14 +130,30 @@ class Look(NamedTuple):
     def is_resolved(self, value: jax.Array, rate: jax.Array) -> jax.Array:
         """Whether the numbers are finite, and the curvature at a joint rate is not all rounding."""
         change = jnp.maximum(jnp.abs(self.slope @ self.rates), jnp.abs(self.won))
-        rounding = ROUNDINGS * float(jnp.finfo(value.dtype).eps) * jnp.abs(value)
         scale = jnp.maximum(rate / self.unit, 1)
         return (
             self.is_finite
             & jnp.isfinite(value)
-            & (change > scale * rounding.astype(jnp.float32))
+            & (change > scale * _rounding(value))
             & (change > 0)
         )
+
+    def shows(self, value: jax.Array, begins: jax.Array) -> jax.Array:
+        """Whether the loss shows what each group has done, (K,) bool.
+
+        Adam makes steps of rounding where the loss does not depend on a group, as before a
+        normalisation layer. Their gradients are noise. At a normal rate, what they do is less than
+        the rounding of the loss. The first look has large steps for small slopes: there, the noise
+        is part of what the gradients say about C and the loss does not.
+        """
+        done = jnp.abs(self.rates) * (jnp.abs(self.slope) + jnp.abs(self.rows))
+        error = jnp.abs(self.curvature - self.rows @ self.rates)
+        return done > jnp.where(begins, ERRORS * error, _rounding(value))
+
+
+def _rounding(value: jax.Array) -> jax.Array:
+    """How much of a loss is rounding: ()."""
+    return (ROUNDINGS * float(jnp.finfo(value.dtype).eps) * jnp.abs(value)).astype(jnp.float32)
 
 
 def joint(rates: jax.Array) -> jax.Array:

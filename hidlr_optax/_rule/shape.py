@@ -30,35 +30,28 @@ class Groupwise(NamedTuple):
     """Averages over looks, (K,) each.
 
     Attributes:
-      same_slope: S_k, on the batch that made the direction, loss per unit learning rate.
-      slope_size: its size: momentum swings through a minimum, where slopes change their sign.
-      fresh_slope: F_k, on the next batch.
-      row: (Aη)_k per unit of the joint rate.
-      row_size: its size, whatever its sign.
+      gain: size of S_k, loss per unit learning rate. Its sign changes where momentum swings
+        through a minimum.
+      kept: F_k, the slope on the next batch.
+      cost: size of (Aη)_k per unit of the joint rate.
+      row: the same with its sign.
     """
 
-    same_slope: Any
-    slope_size: Any
-    fresh_slope: Any
+    gain: Any
+    kept: Any
+    cost: Any
     row: Any
-    row_size: Any
 
-    def is_confirmed(self, looks: jax.Array, is_visible: jax.Array) -> jax.Array:
-        """Whether a group is more than noise, (K,).
-
-        Adam makes steps of rounding where the loss does not depend on a group, as before a
-        normalisation layer. No batch confirms their slope, and their rows have changing signs.
-        """
-        slope_is_kept = 2 * self.fresh_slope > self.same_slope
-        row_is_kept = 2 * jnp.abs(self.row) > self.row_size
-        return is_visible & (slope_is_kept | row_is_kept | (looks == 0))
+    def is_steady(self) -> jax.Array:
+        """Whether looks agree on a half of the slope or of the row, (K,) bool."""
+        return (2 * self.kept > self.gain) | (2 * jnp.abs(self.row) > self.cost)
 
 
 def include(mean: Groupwise, seen: Look, slope: jax.Array, count: jax.Array) -> Groupwise:
     """The averages with one look; after the first three, one of ten times the average at most."""
     row = seen.rows / jnp.maximum(seen.unit, TINY)
     weight = newest(count, FIND)
-    new = Groupwise(slope, jnp.abs(slope), seen.slope + seen.rows, row, jnp.abs(row))
+    new = Groupwise(jnp.abs(slope), seen.slope + seen.rows, jnp.abs(row), row)
 
     def joined(old: jax.Array, x: jax.Array) -> jax.Array:
         most = jnp.where((count < 3) | (old == 0), jnp.inf, 10 * jnp.abs(old))
@@ -78,8 +71,7 @@ def target(
     log_shape: jax.Array,
     asked: jax.Array,
     normalised: jax.Array,
-    looks: jax.Array,
-    is_visible: jax.Array,
+    is_seen: jax.Array,
 ) -> jax.Array:
     """The logarithms of the proportions to move to, (K,): those asked for where none are known.
 
@@ -90,14 +82,14 @@ def target(
       log_shape: the logarithms of the present proportions, (K,).
       asked: those that small differences fall back to, (K,).
       normalised: of the direction, from 0 to 1.
-      looks: before this one.
+      is_seen: whether the loss shows what each group has done, (K,).
     """
-    gain, cost = mean.slope_size, mean.row_size
+    gain, cost = mean.gain, mean.cost
     known = (gain > 0) & (cost > 0) & jnp.isfinite(gain) & jnp.isfinite(cost)
     gain, cost = (log_shape + jnp.log(jnp.where(known, x, 1)) for x in (gain, cost))
     sums = 1 - normalised
     apart = log_shape + sums * gain - COUPLED * (1 + sums) / 2 * cost - asked
-    confirmed = known & mean.is_confirmed(looks, is_visible)
+    confirmed = known & is_seen & mean.is_steady()
     middle = jnp.nan_to_num(jnp.nanmedian(jnp.where(confirmed, apart, jnp.nan)))
     prior = PRIOR * (1 + sums) * jnp.where(confirmed, 1, DOUBT)
     return asked + believed(jnp.where(known, apart - middle, 0), prior)
@@ -108,8 +100,7 @@ def change(
     log_shape: jax.Array,
     asked: jax.Array,
     normalised: jax.Array,
-    looks: jax.Array,
-    is_visible: jax.Array,
+    is_seen: jax.Array,
     weight: jax.Array,
     most: jax.Array,
 ) -> jax.Array:
@@ -120,11 +111,11 @@ def change(
       log_shape: likewise.
       asked: likewise.
       normalised: likewise.
-      looks: likewise.
+      is_seen: likewise.
       weight: the part of the way to go.
       most: the logarithm by which one look moves a proportion at most.
     """
-    away = target(mean, log_shape, asked, normalised, looks, is_visible) - log_shape
+    away = target(mean, log_shape, asked, normalised, is_seen) - log_shape
     moved = weight * jnp.clip(away - jnp.mean(away), -most, most)
     return moved - jnp.mean(moved)
 
@@ -138,4 +129,4 @@ def effect(mean: Groupwise, log_shape: jax.Array, moved: jax.Array) -> tuple[jax
         return jnp.where(usable, after / jnp.where(usable, before, 1), 1.0)
 
     shape = jnp.exp(log_shape)
-    return quotient(shape * mean.same_slope, 1), quotient(shape * mean.row_size, 2)
+    return quotient(shape * mean.gain, 1), quotient(shape * mean.cost, 2)

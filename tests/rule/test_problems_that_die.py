@@ -296,3 +296,33 @@ def test_rates_of_adam_do_not_rise_until_they_ruin_a_language_model(language_mod
         method = Method(optax.chain(optax.adamw(1.0), rule))
         found, _ = jax.jit(functools.partial(train, language_model, method))(jax.random.key(seed))
     assert float(found["train"]) < 2.1
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["one batch", "new batches"])
+def test_a_bias_before_batch_norm_goes_at_the_rate_of_the_others(fresh):
+    """The loss does not depend on it, and Adam steps along rounding."""
+
+    def loss(params, batch):
+        x, y = batch
+        hidden = x @ params["kernel"] + params["bias"]
+        hidden = (hidden - hidden.mean(0)) / jnp.sqrt(hidden.var(0) + 1e-5)
+        return jnp.mean((jnp.tanh(hidden * params["scale"]) @ params["head"] - y) ** 2)
+
+    def init(key):
+        a, b = jax.random.split(key)
+        start = {"kernel": 0.5 * jax.random.normal(a, (4, 8)), "head": jax.random.normal(b, (8,))}
+        return start | {"bias": jnp.zeros(8), "scale": jnp.ones(8)}
+
+    def sample(key):
+        x = jax.random.normal(key if fresh else jax.random.key(9), (64, 4))
+        return x, x.sum(1)
+
+    labels = {name: name for name in ("kernel", "head", "bias", "scale")}
+    tx = optax.chain(optax.adam(1.0), hd.hidlr(loss, labels))
+    problem = Problem(init, loss, 100, sample=sample)
+    keys = jnp.stack([jax.random.key(seed) for seed in range(6)])
+    with jax.numpy_dtype_promotion("standard"):
+        params, state = jax.jit(jax.vmap(lambda key: run(problem, tx, key)))(keys)
+    rates = hd.report.find_state(state).group_learning_rates
+    assert np.all(rates["bias"] < 3 * rates["kernel"])
+    assert np.all(np.abs(params["bias"]) < 10)
