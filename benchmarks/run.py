@@ -172,7 +172,7 @@ EXHIBITS: dict[str, Exhibit] = {
         "scripts.compare",
         ".jsonl",
         30,
-        smoke="--quick --scripts vae pinn",
+        smoke="--quick --scripts pinn",
         paper=None,
         full="--seeds 3",
     ),

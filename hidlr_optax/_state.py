@@ -104,7 +104,8 @@ def is_due(step: int, update_interval: int = 10, warmup: int = 20) -> bool:
     """Whether `hidlr` with these arguments may have a refresh at a step, for the loop around it.
 
     For `refresh=is_due(step)` as a static argument of the jitted step, which makes two programs of
-    it, one without a branch. The arguments are those of `hidlr`, with their defaults.
+    it, one without a branch. A loss that jumps calls for no look where this is False. The arguments
+    are those of `hidlr`, with their defaults.
 
     Args:
       step: updates before this one, a Python number: 0 at the first.
@@ -117,11 +118,11 @@ def is_due(step: int, update_interval: int = 10, warmup: int = 20) -> bool:
     Example:
       >>> import hidlr_optax as hd
       >>> [step for step in range(60) if hd.is_due(step, warmup=3)]
-      [0, 1, 2, 3, 10, 20, 30, 40, 50]
+      [0, 1, 2, 3, 4, 5, 6, 10, 20, 30, 40, 50]
       >>> sum(map(hd.is_due, range(100_000)))
       258
     """
     doublings = 0
     if update_interval > 1:
         doublings = max(step // update_interval // WIDEN_AFTER, 1).bit_length() - 1
-    return step <= warmup or step % (update_interval << doublings) == 0
+    return step <= 2 * warmup or step % (update_interval << doublings) == 0

@@ -276,10 +276,6 @@ def test_refresh_false_leaves_the_rates_alone_and_evaluates_nothing():
     np.testing.assert_allclose(updates["v"], small["v"] * 0.1, rtol=1e-6)
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="the position of the last refresh stays, and calls the next a slip of the step",
-)
 def test_two_programs_one_without_refresh_train_as_one_with_a_branch():
     """`refresh` as a static argument: nothing of the refresh is left in the steps between."""
     tx = optax.chain(optax.sgd(1.0), hd.hidlr(_parabolas, "all", warmup=5))

@@ -35,8 +35,8 @@ class Looks(NamedTuple):
 
 
 def refreshes(interval: int, steps: int) -> int:
-    """Of `hidlr` in a run."""
-    return sum(hd.is_due(step, interval) for step in range(steps))
+    """Of `hidlr` in a run that finds its rates in the 20 first looks, at half the steps allowed."""
+    return sum(hd.is_due(step, interval, warmup=10) for step in range(steps))
 
 
 def fixed_refreshes(interval: int, steps: int, warmup: int) -> int:

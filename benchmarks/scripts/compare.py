@@ -1,14 +1,14 @@
 """Public training scripts as they are written, beside the same ones with `hidlr`: is it worth it?
 
-Five of them, in `scripts/`: a CNN with batch norm and dropout (nnx), a VAE and an LSTM (linen), a
-small GPT with clipping, accumulation and sharding (nnx), a physics-informed network (plain JAX).
+Three of them, in `scripts/`: a CNN with batch norm and dropout (nnx), a small GPT with clipping,
+accumulation and sharding (nnx), a physics-informed network (plain JAX).
 Each has its usual optimizer and rate, constant and by its schedule (cosine where none is
 published), and `hidlr` with groups by role or one rate for all; nothing is tuned. Three times the
 usual rate is there because the runs are shorter than those that it was published for. One table
 says who is ahead on data that is not trained on. Runs that are in the file are not run again.
 
     python -m benchmarks.scripts.compare --out real_scripts.jsonl
-    python -m benchmarks.scripts.compare --scripts pinn vae --seeds 1
+    python -m benchmarks.scripts.compare --scripts pinn --seeds 1
 """
 
 import argparse
@@ -26,13 +26,11 @@ from tqdm import tqdm
 import hidlr_optax as hd
 from benchmarks.kit.store import Job, Row, Store
 from benchmarks.kit.tables import markdown, mean_sd
-from benchmarks.scripts import mnist_cnn, pinn, seq2seq, small_gpt, vae
+from benchmarks.scripts import mnist_cnn, pinn, small_gpt
 from benchmarks.scripts.script import Loop, Script
 
 SCRIPTS: dict[str, Script] = {
     "mnist_cnn": mnist_cnn.SCRIPT,
-    "vae": vae.SCRIPT,
-    "seq2seq": seq2seq.SCRIPT,
     "small_gpt": small_gpt.SCRIPT,
     "pinn": pinn.SCRIPT,
 }
