@@ -32,19 +32,19 @@ class Groupwise(NamedTuple):
     Attributes:
       gain: size of S_k, loss per unit learning rate. Its sign changes where momentum swings
         through a minimum.
-      kept: F_k, the slope on the next batch.
+      fresh_slope: F_k, the slope on the next batch.
       cost: size of (Aη)_k per unit of the joint rate.
       row: the same with its sign.
     """
 
     gain: Any
-    kept: Any
+    fresh_slope: Any
     cost: Any
     row: Any
 
     def is_steady(self) -> jax.Array:
         """Whether looks agree on a half of the slope or of the row, (K,) bool."""
-        return (2 * self.kept > self.gain) | (2 * jnp.abs(self.row) > self.cost)
+        return (2 * self.fresh_slope > self.gain) | (2 * jnp.abs(self.row) > self.cost)
 
 
 def include(mean: Groupwise, seen: Look, slope: jax.Array, count: jax.Array) -> Groupwise:
