@@ -27,7 +27,7 @@ PRIOR = 1.1  # logarithm of a unit that is half believed: smaller ones are noise
 
 
 class Groupwise(NamedTuple):
-    """Averages over looks, (K,) each.
+    """Averages over looks, (K,) each. One group alone has no proportions, and the gain alone.
 
     Attributes:
       gain: size of S_k, loss per unit learning rate. Its sign changes where momentum swings
@@ -42,6 +42,11 @@ class Groupwise(NamedTuple):
     cost: Any
     row: Any
 
+    @staticmethod
+    def of(*fields: jax.Array) -> "Groupwise":
+        """The fields that are needed."""
+        return Groupwise(fields[0], None, None, None) if len(fields[0]) == 1 else Groupwise(*fields)
+
     def is_steady(self) -> jax.Array:
         """Whether looks agree on a half of the slope or of the row, (K,) bool."""
         return (2 * self.fresh_slope > self.gain) | (2 * jnp.abs(self.row) > self.cost)
@@ -51,7 +56,7 @@ def include(mean: Groupwise, seen: Look, slope: jax.Array, count: jax.Array) -> 
     """The averages with one look; after the first three, one of ten times the average at most."""
     row = seen.rows / jnp.maximum(seen.unit, TINY)
     weight = newest(count, FIND)
-    new = Groupwise(jnp.abs(slope), seen.slope + seen.rows, jnp.abs(row), row)
+    new = Groupwise.of(jnp.abs(slope), seen.slope + seen.rows, jnp.abs(row), row)
 
     def joined(old: jax.Array, x: jax.Array) -> jax.Array:
         most = jnp.where((count < 3) | (old == 0), jnp.inf, 10 * jnp.abs(old))
