@@ -22,7 +22,7 @@ from hidlr_optax._rule.measure import TINY, Look, Products
 FIND, HOLD = 0.8, 0.95  # memory of the averages while the rate is found, and later
 GROW, FALL = 1.2, 0.5  # the most by which one look moves the rate
 PATIENCE = 4.0  # refreshes after which a look moves it half as much
-GOAL, MOMENTUM_GOAL = 2.0, 1.3  # of q: in general; for normalised directions with momentum
+GOAL, MOMENTUM_GOAL = 2.0, 1.3  # of q: without momentum, and with it
 NOISE = 0.8  # the part of the latter that a slope that is all noise takes away
 HEED = 1.5  # times the goal: as much as one look alone may say while the rate is found
 TENTH = 0.1  # the least part of S that F is taken for; 1 − cosine of a normalised direction
@@ -128,15 +128,15 @@ def include(
 
 
 def goal(mean: Averages, same: jax.Array, finding: jax.Array) -> jax.Array:
-    """The goal of q: 2, and for normalised directions with momentum 1.3 or less.
+    """The goal of q: 2, and with momentum 1.3 or less.
 
-    These do not shrink with the gradient. Noise lowers their goal further while the rate is found:
+    A step with momentum is followed by more along it. Noise lowers its goal while the rate is found:
     the part 1 − F/S of the slope S on the batch that made the direction, which the next batch does
     not confirm.
     """
     noise = jnp.where(finding, jnp.clip(1 - mean.fresh / jnp.maximum(same, TINY), 0, 1), 0)
     lower = MOMENTUM_GOAL * (1 - NOISE * noise * mean.carried)
-    return GOAL + (lower - GOAL) * mean.normalised * mean.carried
+    return GOAL + (lower - GOAL) * mean.carried
 
 
 def change(
