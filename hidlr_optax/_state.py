@@ -120,7 +120,7 @@ def is_due(step: int, update_interval: int = 10, warmup: int = 20) -> bool:
       >>> [step for step in range(60) if hd.is_due(step, warmup=3)]
       [0, 1, 2, 3, 4, 5, 6, 10, 20, 30, 40, 50]
       >>> sum(map(hd.is_due, range(100_000)))
-      258
+      276
     """
     doublings = 0
     if update_interval > 1:

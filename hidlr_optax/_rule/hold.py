@@ -81,7 +81,9 @@ def begin(groups: int) -> Memory:
     """Before the first update."""
     fields: Any = {name: jnp.zeros((), jnp.float32) for name in Memory._fields}
     mean = rate.Averages(*(jnp.zeros((), jnp.float32) for _ in rate.Averages._fields))
-    by_group = shape.Groupwise.of(*[jnp.zeros(groups, jnp.float32)] * len(shape.Groupwise._fields))
+    by_group = shape.Groupwise.of(
+        *(jnp.zeros(groups, jnp.float32) for _ in shape.Groupwise._fields)
+    )
     fields |= {"guard": jnp.ones((), jnp.float32), "mean": mean, "by_group": by_group}
     return Memory(**fields)
 

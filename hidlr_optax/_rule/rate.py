@@ -130,9 +130,9 @@ def include(
 def goal(mean: Averages, same: jax.Array, finding: jax.Array) -> jax.Array:
     """The goal of q: 2, and with momentum 1.3 or less.
 
-    A step with momentum is followed by more along it. Noise lowers its goal while the rate is found:
-    the part 1 − F/S of the slope S on the batch that made the direction, which the next batch does
-    not confirm.
+    A step with momentum is followed by more along it. Noise lowers its goal while the rate is
+    found: the part 1 − F/S of the slope S on the batch that made the direction, which the next
+    batch does not confirm.
     """
     noise = jnp.where(finding, jnp.clip(1 - mean.fresh / jnp.maximum(same, TINY), 0, 1), 0)
     lower = MOMENTUM_GOAL * (1 - NOISE * noise * mean.carried)

@@ -222,9 +222,8 @@ def _test_loss(params, begin):
 )
 def test_a_short_last_batch_costs_nothing(request, direction, rates, tail):
     """Ten batches an epoch, the last of which has so many examples, however few."""
-    if request.node.callspec.id in ("SGD-2", "momentum-64", "momentum-2"):
-        reason = "rate 0.087 below 0.1; 1.5 and 3.1 times the tuned loss with momentum"
-        request.applymarker(pytest.mark.xfail(strict=False, reason=reason))
+    if request.node.callspec.id == "SGD-2":
+        request.applymarker(pytest.mark.xfail(strict=False, reason="rate 0.087, below 0.1"))
     params = {"body": _layer(0, 64, 32), "head": _layer(1, 32, 10)}
 
     def batch_of(n):
@@ -244,6 +243,7 @@ def test_a_short_last_batch_costs_nothing(request, direction, rates, tail):
     assert path[-1] > min(rates)
 
 
+@pytest.mark.slow
 @pytest.mark.xfail(
     strict=False,
     reason="1.5 to 2.1 times the tuned loss: 0.074, 0.088, 0.087, 0.061",
