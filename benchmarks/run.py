@@ -157,7 +157,7 @@ EXHIBITS: dict[str, Exhibit] = {
         paper="--suite paper",
         full="",
         report="--report --details --figure {out}.png",
-        figures={"rivals.png": "robustness.png", "rivals-targets.png": "robustness-targets.png"},
+        figures={"rivals.png": "robustness.png"},
     ),
     "units": Exhibit(
         "groups with different units",
