@@ -6,14 +6,13 @@ DeepMind Technologies Limited, Apache-2.0), rewritten for a transformation that 
 
 import functools
 import logging
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from contract import assert_all_equal, leaf_types, mixed, parabola, rosenbrock, train_step
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from paper_kit import bare
 from support import enable_x64, promoting
@@ -35,80 +34,12 @@ _UNDER_TEST = {
 _every_rule = pytest.mark.parametrize("rule", _UNDER_TEST.values(), ids=_UNDER_TEST.keys())
 
 
-class _Target(NamedTuple):
-    """A function to minimise, where to start, where the minimum is, and the groups."""
-
-    loss: Callable[[Any], jax.Array]
-    initial: Any
-    final: Any
-    labels: Any
-
-
-def _squared_distance(final):
-    def loss(params):
-        def distance(param, at):
-            return jnp.sum((param - at.astype(param.dtype)) ** 2)
-
-        return sum(jax.tree.leaves(jax.tree.map(distance, params, final)))
-
-    return loss
-
-
-def _parabola(dtype=jnp.float32):
-    final = jnp.array([1.0, -1.0, 1.0], dtype)
-    return _Target(_squared_distance(final), jnp.array([-1.0, 10.0, 1.0], dtype), final, "all")
-
-
-def _rosenbrock(dtype=jnp.float32):
-    def loss(params):
-        return (1 - params["x"]) ** 2 + 100 * (params["y"] - params["x"] ** 2) ** 2
-
-    initial, final = ({"x": jnp.array(at, dtype), "y": jnp.array(at, dtype)} for at in (0.0, 1.0))
-    return _Target(loss, initial, final, {"x": "x", "y": "y"})
-
-
-def _rosenbrock_in_one_group(dtype=jnp.float32):
-    return _rosenbrock(dtype)._replace(labels="all")
-
-
-def _matrix(dtype=jnp.float32):
-    final = jnp.array([[3.0, -2.0], [1.0, 4.0]], dtype)
-    return _Target(_squared_distance(final), jnp.zeros((2, 2), dtype), final, "all")
-
-
-def _mixed(dtype=jnp.float32):
-    final = (jnp.array([1.0, -1.0, 2.0], dtype), jnp.array([[1.0, 0.0], [-1.0, 1.0]], dtype))
-    initial = jax.tree.map(jnp.zeros_like, final)
-    return _Target(_squared_distance(final), initial, final, ("vector", "matrix"))
-
-
-def _train_step(tx, loss, **extra):
-    """A step on a loss without data, with all the information that `update` can be given."""
-
-    def step(params, state):
-        value, grad = jax.value_and_grad(loss)(params)
-        updates, state = tx.update(
-            grad, state, params, value_fn=loss, value=value, grad=grad, **extra
-        )
-        return optax.apply_updates(params, updates), state
-
-    return step
-
-
-def _leaf_types(tree):
-    return [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in jax.tree.leaves(tree)]
-
-
-def _assert_all_equal(actual, desired):
-    jax.tree.map(np.testing.assert_array_equal, actual, desired)
-
-
 # What every caller may do.
 
 
 @_every_rule
 def test_unexpected_keywords_are_ignored_and_a_second_call_compiles_nothing(rule, caplog):
-    target = _rosenbrock()
+    target = rosenbrock()
     traces = []
 
     def counted_loss(params):
@@ -116,7 +47,7 @@ def test_unexpected_keywords_are_ignored_and_a_second_call_compiles_nothing(rule
         return target.loss(params)
 
     tx = optax.chain(optax.sgd(1.0), rule(None, target.labels, update_interval=1))
-    step = jax.jit(_train_step(tx, counted_loss, some_argument_it_does_not_expect=1))
+    step = jax.jit(train_step(tx, counted_loss, some_argument_it_does_not_expect=1))
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         params, state = step(target.initial, tx.init(target.initial))
         assert traces
@@ -133,14 +64,14 @@ def test_unexpected_keywords_are_ignored_and_a_second_call_compiles_nothing(rule
     "labels", [("vector", "matrix"), lambda params: ("vector", "matrix")], ids=["tree", "callable"]
 )
 def test_map_params_leaves_the_state_as_it_is(rule, labels):
-    target = _mixed()
+    target = mixed()
     tx = optax.chain(optax.sgd(1.0, momentum=0.9), rule(None, labels))
     state = tx.init(target.initial)
     doubled = optax.tree.map_params(tx, lambda leaf: leaf + 1, state)
-    _assert_all_equal(doubled[0][0].trace, jax.tree.map(jnp.ones_like, target.initial))
+    assert_all_equal(doubled[0][0].trace, jax.tree.map(jnp.ones_like, target.initial))
     # Of ours, the direction that "lagged" stores is like params; nothing else is.
     direction = jax.tree.map(jnp.ones_like, state[-1].direction)
-    _assert_all_equal(doubled[-1], state[-1]._replace(direction=direction))
+    assert_all_equal(doubled[-1], state[-1]._replace(direction=direction))
 
 
 # Types: of updates, and of the state.
@@ -205,7 +136,7 @@ def test_multi_steps_emits_zeros_until_the_last_mini_step(rule):
 )
 def test_the_state_keeps_its_types_whatever_the_dtypes_around_it(rule, dtype):
     with enable_x64(dtype == "float64"):
-        target = _parabola(dtype)
+        target = parabola(dtype)
         tx = optax.chain(optax.sgd(1.0), rule(None, target.labels))
         confusing = jnp.bfloat16 if dtype == "float16" else jnp.float16
 
@@ -228,20 +159,20 @@ def test_the_state_keeps_its_types_whatever_the_dtypes_around_it(rule, dtype):
             return optax.apply_updates(params, updates), new_state
 
         params, state = target.initial, tx.init(target.initial)
-        types = _leaf_types(state)
+        types = leaf_types(state)
         # The direction that "lagged" stores is like params, all else is of one type.
-        others = _leaf_types(state[-1]._replace(direction=()))
+        others = leaf_types(state[-1]._replace(direction=()))
         assert not any(weak or kind not in (jnp.int32, jnp.float32) for _, kind, weak in others)
         assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(state[-1].direction))
         for _ in range(2):
             params, state = step(params, state, jnp.asarray(True))
             assert params.dtype == dtype
-            assert _leaf_types(state) == types
+            assert leaf_types(state) == types
 
 
 def test_float64_parameters_are_fitted_in_float64():
     with enable_x64(True):
-        target = _parabola("float64")
+        target = parabola("float64")
         # At a rate of 1e-6, the curvature moves the loss by 1e-11 of itself.
         tx = bare(None, "all", init_learning_rate=1e-6, slope="probes")
         grad = jax.grad(target.loss)(target.initial)
@@ -257,10 +188,10 @@ def test_float64_parameters_are_fitted_in_float64():
 
 @_every_rule
 def test_init_needs_shapes_alone(rule):
-    concrete = _mixed().initial
+    concrete = mixed().initial
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), concrete)
     tx = rule(None, ("vector", "matrix"))
-    _assert_all_equal(tx.init(abstract), tx.init(concrete))
+    assert_all_equal(tx.init(abstract), tx.init(concrete))
 
 
 _sharding_in_types = pytest.mark.skipif(
