@@ -22,7 +22,7 @@ from faulty import (
     run_of,
     statuses,
 )
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import hidlr_optax as hd
@@ -132,6 +132,7 @@ _any_faults = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(faults=_any_faults)
+@example(faults=[(0, {"grad/body": INF, "side": -1})])  # no step: the next look finds a first rate
 def test_no_row_of_faults_spoils_the_state(faults):
     states, losses = _compiled()(faults_at(*faults))
     _assert_sane(states)

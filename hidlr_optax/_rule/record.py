@@ -93,6 +93,8 @@ def _statuses(
     status = jnp.where(distrusted, Kept.DISTRUSTED, status)
     statuses = jnp.where((products.ug == 0), Kept.NO_SLOPE, status)
     statuses = jnp.where(finite, statuses, Kept.NON_FINITE)
+    begins_anew = finite & (before == Kept.NON_FINITE)
+    before = jnp.where(begins_anew, Kept.UPDATED, before)
     return jnp.where(jnp.any(seen.rates != 0), statuses, before).astype(jnp.int32)
 
 
