@@ -133,6 +133,7 @@ _any_faults = st.lists(
 @settings(max_examples=60, deadline=None)
 @given(faults=_any_faults)
 @example(faults=[(0, {"grad/body": INF, "side": -1})])  # no step: the next look finds a first rate
+@example(faults=[(1, {"update/body": NAN, "side": -1})])  # before anything was measured
 def test_no_row_of_faults_spoils_the_state(faults):
     states, losses = _compiled()(faults_at(*faults))
     _assert_sane(states)
