@@ -1,4 +1,4 @@
-"""Errors that name the cause and its mend, and inputs that used to be refused for no reason."""
+"""Errors that name the cause and its remedy, and inputs that used to be refused for no reason."""
 
 import functools
 import subprocess
@@ -21,7 +21,7 @@ def _adamw():
     return promoting("standard", optax.adamw(1.0))
 
 
-# 5. Losses of a model in place of its parameters; extras that are missing.
+# 5. Losses of a model instead of its parameters; extras that are missing.
 
 
 def test_a_loss_of_an_nnx_model_is_told_what_to_use():

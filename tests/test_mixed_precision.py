@@ -160,7 +160,7 @@ def test_steps_below_the_noise_are_unresolved_and_keep_the_rates(dtype):
 
 
 def test_a_value_that_rounding_alone_sets_apart_is_no_mismatch():
-    """The same function, compiled anew, is off by the rounding of bfloat16."""
+    """The same function, compiled again, is off by the rounding of bfloat16."""
     loss = functools.partial(loss_in, jnp.bfloat16)
     tx, params = _tx(loss), _params()
     state = tx.init(params)

@@ -143,7 +143,7 @@ class TestBert:
 class TestTokenize:
     @pytest.fixture(autouse=True)
     def words(self, monkeypatch):
-        """A vocabulary of five words in place of the downloaded one."""
+        """A vocabulary of five words instead of the downloaded one."""
         vocabulary = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "a", "b", "c", "d", "e"]
         ids = {word: n for n, word in enumerate(vocabulary)}
         tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="[UNK]"))

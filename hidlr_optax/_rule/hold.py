@@ -247,8 +247,9 @@ def refresh(
     rates = jnp.where(now.is_first, begun, signs * state.applied)
     seen = look(call, products, rates, now.is_first)
     resolved = seen.is_resolved(call.value, now.level) & ~record.distrusts(state.diagnostics)
-    known = jnp.all(jnp.isfinite(slope)) & jnp.all(jnp.isfinite(products.uu))
-    resolved &= known
+    finite = seen.is_finite & jnp.isfinite(call.value)
+    finite &= jnp.all(jnp.isfinite(slope) & jnp.isfinite(products.uu))
+    resolved &= finite
     along = resolved & ~now.apart & ~now.is_first
     mean = _of_kind(memory, products, now)
     by_group, moved, effect = _moved(memory, seen, call.value, mean, now, resolved)
@@ -258,7 +259,7 @@ def refresh(
     log_joint = jnp.where(now.begins, _first(call, products, now, moved), now.log_joint)
     found = jnp.exp(now.log_shape + moved + log_joint + change)
     sound = jnp.all(jnp.isfinite(found) & (found > 0)) & jnp.isfinite(call.value)
-    sound &= now.is_first | (seen.is_finite & known)
+    sound &= now.is_first | finite
     position = jnp.sum(products.wu)
     # A rate that is far from its goal is not found, however many looks there were.
     counts = resolved & ~now.is_first & (met | (memory.looks != clock.warmup - 1))
@@ -274,6 +275,7 @@ def refresh(
         products,
         seen,
         resolved,
+        finite,
         is_along=~now.apart & ~now.is_first,
         alone=now.apart | ((len(slope) == 1) & ~now.is_first),
         harmed=harmed,

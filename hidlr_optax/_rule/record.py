@@ -23,6 +23,7 @@ def recorded(
     products: Products,
     seen: Look,
     resolved: jax.Array,
+    finite: jax.Array,
     is_along: jax.Array,
     alone: jax.Array,
     harmed: jax.Array,
@@ -36,6 +37,7 @@ def recorded(
       products: of this call.
       seen: the look.
       resolved: whether it measured anything.
+      finite: whether all numbers are.
       is_along: whether it was at the last step as it was, so that it gives slopes.
       alone: whether it gives the curvature of each group alone.
       harmed: whether the last step did harm.
@@ -65,9 +67,7 @@ def recorded(
         measured=diagnostics.measured + (resolved & alone).astype(jnp.int32),
         cuts=diagnostics.cuts + harmed.astype(jnp.int32),
         slips=diagnostics.slips | slips.astype(jnp.int32),
-        kept=_statuses(
-            diagnostics.kept, products, seen, call.value, resolved, distrusts(diagnostics)
-        ),
+        kept=_statuses(diagnostics.kept, products, seen, finite, resolved, distrusts(diagnostics)),
         slope=quadratic.slope,
         curvature=quadratic.curvature,
         measured_slope=jnp.where(has_slope, slope, diagnostics.measured_slope),
@@ -80,21 +80,19 @@ def _statuses(
     before: jax.Array,
     products: Products,
     seen: Look,
-    value: jax.Array,
+    finite: jax.Array,
     resolved: jax.Array,
     distrusted: jax.Array,
 ) -> jax.Array:
     """(K,) int32 of `Kept`; as before where no step had been taken that could be looked at."""
-    finite = seen.is_finite & jnp.isfinite(value)
-    finite &= jnp.all(jnp.isfinite(products.ug) & jnp.isfinite(products.uu))
     uphill = products.ug @ jnp.abs(seen.rates) >= 0
     status = jnp.where(uphill, Kept.ASCENDS, Kept.UPDATED)
     status = jnp.where(resolved, status, Kept.UNRESOLVED)
     status = jnp.where(distrusted, Kept.DISTRUSTED, status)
     statuses = jnp.where((products.ug == 0), Kept.NO_SLOPE, status)
     statuses = jnp.where(finite, statuses, Kept.NON_FINITE)
-    begins_anew = finite & (before == Kept.NON_FINITE)
-    before = jnp.where(begins_anew, Kept.UPDATED, before)
+    recovers = finite & (before == Kept.NON_FINITE)
+    before = jnp.where(recovers, Kept.UPDATED, before)
     return jnp.where(jnp.any(seen.rates != 0), statuses, before).astype(jnp.int32)
 
 
